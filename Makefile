@@ -2,10 +2,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test smoke lint lock clean
+.PHONY: help book test smoke lint strip lock clean
 
 PY := .venv/bin/python
 NOTEBOOKS := notebooks/*.ipynb
+STRIP := -m nbstripout --keep-id --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -25,7 +26,10 @@ smoke: .venv/.ready     ## only the live pass over the notebooks
 
 lint: .venv/.ready     ## style of code and notebooks; notebooks hold no outputs but small marked ones
 	@$(PY) -m ruff check .
-	@$(PY) -m nbstripout --verify --extra-keys "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution" $(NOTEBOOKS)
+	@$(PY) $(STRIP) --verify $(NOTEBOOKS) || { echo "notebooks hold outputs: make strip"; exit 1; }
+
+strip: .venv/.ready     ## take the outputs out of the notebooks, but those of cells tagged keep_output
+	@$(PY) $(STRIP) $(NOTEBOOKS)
 
 test: lint     ## what the project's check runs: lint, notebooks, book, links, unit tests
 	@rm -rf book/_build/smoke; mkdir -p book/_build/smoke book/_build/ipython/profile_default

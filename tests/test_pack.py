@@ -339,5 +339,5 @@ def test_real_exact_part_and_pneumonia_again(tmp_path):
     arrays["train_images"] = arrays["train_images"].copy()
     arrays["train_images"][0, 0, 0] ^= 1
     np.savez(tmp_path / "changed.npz", **arrays)
-    with pytest.raises(data.DataError, match="train sha256 in any order: expected d"):
+    with pytest.raises(data.DataError, match="train sha256 in any order: expected 0de1"):
         pack.pack("pneumonia", tmp_path / "changed.npz", tmp_path / "other")

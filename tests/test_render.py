@@ -98,10 +98,10 @@ def picture(alt=None):
 
 def test_finish_gives_each_image_its_own_alternative_text_and_the_same_bytes():
     def executed(stamp):
-        figure = new_code_cell("draw()", id="figure", metadata={"tags": ["figure"], "papermill": {"duration": stamp}, "execution": {"iopub.status.busy": stamp}})
+        figure = new_code_cell("draw()", id="figure", metadata={"tags": ["figure"], "papermill": {"duration": stamp}, "execution": {"at": str(stamp)}})
         figure.outputs = [picture("one thing"), new_output("stream", text="said between"), picture("another\nthing")]
         table = new_code_cell("table", id="table")
-        table.outputs = [new_output("execute_result", {"text/html": f'<table id="T_{stamp:05x}"><td id="T_{stamp:05x}_row0_col0">'}, execution_count=1)]
+        table.outputs = [new_output("execute_result", {"text/html": f'<table id="T_{stamp:05x}"><td id="T_{stamp:05x}_a">', "text/plain": f"<S at {stamp:#x}>"}, execution_count=1)]
         injected = new_code_cell("seeds = [3]", id=f"random-{stamp}", metadata={"tags": ["injected-parameters"]})
         return new_notebook(cells=[new_markdown_cell("# Two", id="t"), injected, figure, table], metadata={"papermill": {"start": stamp}})
     first, second = (pages.finish(executed(stamp), CHAPTER, "note") for stamp in (11, 12))
@@ -130,15 +130,16 @@ def test_numbers_typed_by_hand_are_found_and_settings_are_not(tmp_path):
         "```{note}\nA drop of -0.7 points\n```\n$$\ny = 0.75\n$$\n95 % of all\n")
     cell = new_markdown_cell("fine\n\nabout 4.5 points")
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "notebooks" / "b.ipynb")
-    assert render.unearned(tmp_path) == ["book/a.md:5: 91.89", "book/a.md:5: 17 %", "book/a.md:11: -0.7", "book/a.md:16: 95 %", "notebooks/b.ipynb:cell 0, line 3: 4.5"]
+    assert render.unearned(tmp_path) == [
+        "book/a.md:5: 91.89", "book/a.md:5: 17 %", "book/a.md:11: -0.7", "book/a.md:16: 95 %", "notebooks/b.ipynb:cell 0, line 3: 4.5"]
 
 
 def test_the_answer_table_survives_any_text(checkout):
-    claims = pd.DataFrame([{"id": "01.1", "system": "S", "claim": "a | b\nc", "paper": "p", "measures": "", "ours": "–", "verdict": "not reproduced"},
-                           {"id": "09.1", "system": "T", "claim": "d", "paper": "q", "measures": "a minus b", "ours": "+1.0", "verdict": "partly"}])
+    claims = pd.DataFrame([("01.1", "S", "a | b\nc", "p", "", "–", "not reproduced", "no rows"), ("09.1", "T", "d", "q", "a minus b", "+1.0", "partly", "")],
+                          columns=["id", "system", "claim", "paper", "measures", "ours", "verdict", "reason"])
     lines = pages.answers(claims).splitlines()
     assert lines[0] == "1 not reproduced, 1 partly."
-    assert lines[4] == "| S | a \\| b c | p | – | **not reproduced** | [01](chapters/01_one.ipynb) |"
+    assert lines[4] == "| S | a \\| b c | p | – (no rows) | **not reproduced** | [01](chapters/01_one.ipynb) |"
     assert lines[5] == "| T | d | q | a minus b: +1.0 | **partly** | 09 |", "a claim may wait for its chapter"
     assert "*1 not reproduced.*" in pages.sentences(claims) and "*No verdict yet.*" in pages.sentences(claims)
 

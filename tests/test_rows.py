@@ -120,6 +120,15 @@ def test_divergence_is_a_row_and_failure_is_tried_again(tmp_path):
     assert state
 
 
+def test_a_mistake_stops_at_once_unless_something_was_measured(tmp_path):
+    first, later = (make("def trial(x):\n    if x == BAD:\n        raise ValueError(\"unknown data set 'mist'\")\n    return {'v': x}", BAD=b) for b in (0, 1))
+    with pytest.raises(ValueError, match="mist"):
+        study.run(first, study.grid(x=range(3)), tmp_path / "a")
+    assert not list((tmp_path / "a").glob("*.jsonl"))
+    with pytest.warns(UserWarning, match="mist"):
+        assert list(study.run(later, study.grid(x=range(3)), tmp_path / "b").v) == [0, 2]
+
+
 def test_arrays_are_kept_beside_the_row(tmp_path):
     def spectral(x):
         return {"v": 1.0, "spectrum": np.arange(5.0) * x}
@@ -128,7 +137,7 @@ def test_arrays_are_kept_beside_the_row(tmp_path):
 
     def huge(x):
         return {"a": np.zeros(10**6)}
-    with pytest.warns(UserWarning, match="at most 200000"):
+    with pytest.raises(ValueError, match="at most 200000"):
         study.run(huge, study.grid(x=[3]), tmp_path)
     next(tmp_path.glob("*.npz")).unlink()
     with pytest.raises(study.ResultsError, match="npz"):

@@ -78,17 +78,18 @@ def _run(a) -> int:
     os.environ.setdefault("FROZENFILTERS_WORKERS", str(a.workers or os.cpu_count() or 1))
     if a.workers:
         os.environ["FROZENFILTERS_WORKERS"] = str(a.workers)
-    table = study.measure(c, parameters).get("rows")
+    space = study.measure(c, parameters)
+    table = space.get("rows")
     counts = {str(k): int(v) for k, v in table.status.value_counts().items()} if table is not None and len(table) else {}
     executed = None
-    if not a.rows_only and not a.shard:
+    if counts and not a.rows_only and not a.shard:
         from . import render
         executed = render.execute(c, {k: v for k, v in parameters.items() if k not in ("budget", "shard")} | ({"budget": 0} if "budget" in parameters else {}), a.preset)
     if a.json:
         print(json.dumps({"chapter": c.name, "preset": a.preset, "rows": counts, "notebook": str(executed) if executed else None}))
     else:
         print(f"{c.name} {a.preset}: {', '.join(f'{v} rows {k}' for k, v in counts.items()) or 'no rows yet'}" + (f"; drawn in {executed}" if executed else ""))
-    return 0
+    return 0 if a.budget or a.shard or sum(counts.values()) == len(space["grid"]) else 1
 
 
 def _check(a) -> int:

@@ -165,7 +165,11 @@ def start(name: str, namespace: dict, out: str | None = None) -> Path:
                 known |= _assigned(source)
             except (ParameterError, SyntaxError):
                 continue
-        check_parameters(_assigned(history[injected]), known)
+        given = _assigned(history[injected])
+        for key, value in given.items():                                  # papermill -p passes a list as text
+            if isinstance(value, str) and isinstance(known.get(key), list):
+                given[key] = namespace[key] = yaml.safe_load(value)
+        check_parameters(given, known)
     if "ipykernel" in sys.modules:
         from . import plots
         plots.style()

@@ -188,7 +188,7 @@ class LCConv2d(nn.Module):
             conv.weight.copy_(W)
             if bias is not None:
                 conv.bias.copy_(bias)
-        return conv
+        return conv.train(self.training)
 
     def with_execution(self, execution: str) -> LCConv2d:
         """The same function in another form. Sequential, composed and auto share this layer's parameters; gram copies.

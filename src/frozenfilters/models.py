@@ -137,7 +137,7 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy for inference: LC blocks become single convolutions and BatchNorm is folded into the convolution before it.
 
     The same function in eval mode, several times faster for LC networks; for validation, attacks and saliency. BatchNorm is
-    folded by torch.fx; a network that cannot be traced keeps it.
+    folded by torch.fx, in each part that can be traced; the rest keeps it.
 
     >>> from frozenfilters import lc
     >>> net = resnet20(width=4).eval(); names = lc(net, rate=2)
@@ -155,7 +155,16 @@ def fold(model: nn.Module) -> nn.Module:
             if not name:
                 return m.fold()
             model.set_submodule(name, m.fold())
+    return _fuse(model, fuse, TraceError)
+
+
+def _fuse(module: nn.Module, fuse, error: type[Exception]) -> nn.Module:
+    """BatchNorm into convolutions: of the whole module, or of each child where the whole cannot be traced."""
+    if not any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+        return module
     try:
-        return fuse(model, inplace=True)
-    except (TraceError, TypeError, RuntimeError):
-        return model
+        return fuse(module, inplace=True)
+    except (error, TypeError, RuntimeError, ValueError):
+        for name, child in module.named_children():
+            setattr(module, name, _fuse(child, fuse, error))
+        return module

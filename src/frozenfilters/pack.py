@@ -215,4 +215,5 @@ def pack(name: str, source: str | Path, out: str | Path | None = None, *, partia
 def _compare(name: str, found: dict, partial: bool) -> None:
     wrong = [f"{key}: expected {value}, found {found.get(key)}" for key, value in EXPECTED[name].items() if found.get(key) != value]
     if wrong and not partial:
-        raise DataError(f"{name} from this release is not what the study used, nothing was written; {'; '.join(wrong)}. To keep it all the same: partial=True")
+        differs = "; ".join(wrong)
+        raise DataError(f"{name} from this release is not what the study used: nothing written; {differs}. To keep it all the same: pack(..., partial=True)")

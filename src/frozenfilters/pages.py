@@ -61,7 +61,7 @@ def answers(claims) -> str:
     rows = []
     for r in claims.itertuples():
         number = r.id.split(".")[0]
-        ours = f"{r.measures}: {r.ours}" if r.measures and r.ours != "–" else r.ours
+        ours = f"– ({r.reason})" if r.ours == "–" else f"{r.measures}: {r.ours}" if r.measures else r.ours
         rows.append([r.system, r.claim, r.paper, ours, f"**{r.verdict}**", _link(chapters[number], number) if number in chapters else number])
     return f"{tally(claims)}.\n\n" + _table(["System", "Claim", "The paper said", "We measured", "Verdict", "Chapter"], rows)
 
@@ -166,9 +166,11 @@ def finish(nb, chapter, note: str):
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.id = "injected-parameters"
             cell.metadata.tags = ["injected-parameters", "remove-cell"]
-        for n, output in enumerate(cell.get("outputs", [])):            # pandas' styled tables have a random name
-            if "text/html" in output.get("data", {}):
-                output.data["text/html"] = re.sub(r"T_[0-9a-f]{5}(?=[_\s\"#])", f"T_{cell.id}-{n}", "".join(output.data["text/html"]))
+        for n, output in enumerate(cell.get("outputs", [])):            # pandas' styled tables have a random name, other objects an address
+            for mime, text in output.get("data", {}).items():
+                if mime.startswith("text/"):
+                    text = re.sub(r"T_[0-9a-f]{5}(?=[_\s\"#])", f"T_{cell.id}-{n}", "".join(text))
+                    output.data[mime] = re.sub(r" at 0x[0-9a-f]+>", ">", text)
         cells += _one_image_each(cell, chapter) if cell.cell_type == "code" else [cell]
     cells[0].source = cells[0].source.replace("# ", f"# {int(chapter.number)} · ", 1)
     cells.insert(1, v4.new_markdown_cell(note, id="what-this-page-shows"))
@@ -212,7 +214,7 @@ SKIP = [re.compile(p, re.S | re.M) for p in (
     r"\A---\n.*?^---$",                                     # front matter
     r"<!--.*?-->",
     r"\$\$.*?\$\$",
-    r"(?:\{[\w:+-]+\})?(`+)(?!`).+?(?<!`)\1(?!`)",          # code spans and roles
+    r"(?:\{[\w:+-]+\})?(`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)\1(?!`)",          # code spans and roles
     r"\$[^$\n]+\$",
     r"!?\[[^\]]*\]\([^)]*\)|\[[^\]]*\]\[[^\]]*\]",          # links and images
     r"https?://\S+")]
@@ -237,7 +239,14 @@ def unearned(root: Path) -> list[str]:
 def _numbers(text: str) -> list:
     def blank(match):                                       # lines stay where they are
         return re.sub(r"[^\n]", " ", match[0])
-    text = FENCE.sub(lambda m: m[0] if PROSE.match(m["info"].strip()) else blank(m), text)
+    def fence(match):                                       # a directive's text is prose, a code block is not
+        if not PROSE.match(match["info"].strip()):
+            return blank(match)
+        first, rest = match[0].split("\n", 1)
+        inner, _, last = rest.rpartition("\n")
+        return "\n".join([re.sub(r"[`~]|\{[^}]*\}", lambda m: " " * len(m[0]), first), FENCE.sub(fence, inner), " " * len(last)])
+
+    text = FENCE.sub(fence, text)
     for pattern in [*SKIP, ALLOWED]:
         text = pattern.sub(blank, text)
     return [(text.count("\n", 0, m.start()) + 1, m[0].strip()) for m in NUMBER.finditer(text)]

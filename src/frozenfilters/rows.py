@@ -37,6 +37,7 @@ SCHEMA = 1
 NOT_IN_KEY = ("device", "threads", "workers", "progress")        # how it was run, not what was measured
 ARRAY_LIMIT = 200_000                                            # bytes of one row's arrays
 DONE = ("ok", "diverged")                                        # a diverged training is a result; an error is tried again
+MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, FileNotFoundError)
 PLAN: ContextVar[list | None] = ContextVar("PLAN", default=None)  # set by `chapters.plan`: run() only lists its points
 
 
@@ -234,12 +235,12 @@ def _split_metrics(result: dict, trial: str) -> tuple[dict, dict]:
     return metrics, small
 
 
-def _measure(trial: Callable, arguments: dict, key: str, code: str, chapter: str, folder: Path) -> dict:
-    """One trial, one row. A failed one gives a row that says so; it never takes the grid down."""
+def _measure(trial: Callable, arguments: dict, key: str, code: str, chapter: str, folder: Path) -> tuple[dict, Exception | None]:
+    """One trial, one row, and what went wrong if anything did."""
     from . import data
     row = {"schema": SCHEMA, "key": key, "chapter": chapter, "trial": trial.__name__, "code": code[:16], "protocol": PROTOCOL,
            "params": {k: _plain(v) for k, v in arguments.items()}, "status": "ok", "metrics": {}}
-    start, used = time.perf_counter(), {}
+    start, used, problem = time.perf_counter(), {}, None
     token = data.LEDGER.set(used)
     try:
         row["metrics"], small = _split_metrics(trial(**arguments), trial.__name__)
@@ -250,13 +251,14 @@ def _measure(trial: Callable, arguments: dict, key: str, code: str, chapter: str
             row["arrays"] = sorted(small)
     except ArithmeticError as e:                       # train.DivergedError: the loss left the numbers; that is a result
         row |= {"status": "diverged", "error": str(e)}
-    except Exception as e:                             # noqa: BLE001  whatever it was, it is recorded and the grid goes on
+    except Exception as e:                             # noqa: BLE001  whatever it was, it is recorded
         row |= {"status": "failed", "error": f"{type(e).__name__}: {e}"[:2000]}
+        problem = e
     finally:
         data.LEDGER.reset(token)
     row["seconds"] = round(time.perf_counter() - start, 3)
     row["stamp"] = stamp(arguments.get("device"), used)
-    return row
+    return row, problem
 
 
 class Shard:
@@ -312,7 +314,8 @@ def run(trial: Callable, points: list[dict], out: str | Path, *, budget: str | f
 
     Raises:
         ResultsError: the folder cannot be written while there is something to measure.
-        TypeError, ValueError: grid, trial, shard or budget do not fit.
+        TypeError, ValueError: grid, trial, shard or budget do not fit; or the first trial to end made a mistake of that kind (an
+            unknown data set). A trial that fails later, or from want of memory, is a row that says so, and the grid goes on.
     """
     folder, code, seconds = Path(out), code_of(trial), _seconds(budget)
     bound = [bind(trial, p) for p in points]
@@ -349,7 +352,7 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
     except OSError as e:
         raise ResultsError(f"cannot write to the results folder {folder}: {e.strerror}; {len(todo)} trials are not measured yet. Make it writable, or choose "
                            "another with the parameter out=... or the variable FROZENFILTERS_RESULTS") from e
-    shard, start, spent = Shard(folder), time.monotonic(), []
+    shard, start, spent, good = Shard(folder), time.monotonic(), [], []
     workers = workers or int(os.environ.get("FROZENFILTERS_WORKERS", "1"))
     terminal = sys.stderr.isatty() and "ipykernel" not in sys.modules
     bar = tqdm(total=len(todo), desc=folder.name, unit="trial", disable=not (terminal if progress is None else progress), dynamic_ncols=True)
@@ -362,7 +365,10 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
             if keys[i] not in _done(folder):           # another process may have measured it meanwhile
                 yield i
 
-    def keep(row: dict) -> None:
+    def keep(row: dict, problem: Exception | None) -> None:
+        if isinstance(problem, MISTAKES) and not good:
+            raise problem                              # a wrong name or a missing data set: said at once, before anything was measured
+        good.append(row["status"] in DONE)
         shard.append(row)
         spent.append(row["seconds"])
         bar.update()
@@ -373,12 +379,12 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
     try:
         if workers == 1:
             for i in waiting():
-                keep(_measure(trial, bound[i], keys[i], code, folder.name, folder))
+                keep(*_measure(trial, bound[i], keys[i], code, folder.name, folder))
         else:
             with parallel_config(backend="loky", inner_max_num_threads=1):
                 tasks = (delayed(_measure)(trial, bound[i], keys[i], code, folder.name, folder) for i in waiting())
-                for row in Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)(tasks):
-                    keep(row)
+                for result in Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)(tasks):
+                    keep(*result)
     except KeyboardInterrupt:
         print(f"\ninterrupted: {len(spent)} trials measured and safe in {shard.path}; run again to resume", file=sys.stderr)
         raise
