@@ -15,6 +15,9 @@ unexport PYTHONPATH PYTHONHOME
 help:     ## this list
 	@sed -n 's/^\([a-z]*\): [^#]*##/  make \1 \t/p' Makefile
 
+ifneq ($(file <.venv/.ready),$(CURDIR))
+.PHONY: .venv/.ready        # the checkout was moved, or the environment is another one's: install again
+endif
 .venv/.ready: requirements/lock.txt requirements/bootstrap.txt pyproject.toml
 	@bash .ci/venv
 
@@ -33,7 +36,7 @@ strip: .venv/.ready     ## take the outputs out of the notebooks, but those of c
 
 test: lint     ## what the project's check runs: lint, notebooks, book, links, unit tests
 	@rm -rf book/_build/smoke; mkdir -p book/_build/smoke book/_build/ipython/profile_default
-	@cp .ci/ipython_kernel_config.py book/_build/ipython/profile_default/
+	@echo 'c.IPKernelApp.log_level = 50' > book/_build/ipython/profile_default/ipython_kernel_config.py
 	@echo "notebooks, live (nbval):"
 	@FROZENFILTERS_RESULTS="$(CURDIR)/book/_build/smoke" IPYTHONDIR="$(CURDIR)/book/_build/ipython" \
 	  $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks | tee book/_build/nbval.log

@@ -101,7 +101,8 @@ def test_finish_gives_each_image_its_own_alternative_text_and_the_same_bytes():
         figure = new_code_cell("draw()", id="figure", metadata={"tags": ["figure"], "papermill": {"duration": stamp}, "execution": {"at": str(stamp)}})
         figure.outputs = [picture("one thing"), new_output("stream", text="said between"), picture("another\nthing")]
         table = new_code_cell("table", id="table")
-        table.outputs = [new_output("execute_result", {"text/html": f'<table id="T_{stamp:05x}"><td id="T_{stamp:05x}_a">', "text/plain": f"<S at {stamp:#x}>"}, execution_count=1)]
+        html = f'<table id="T_{stamp:05x}"><td id="T_{stamp:05x}_a">'
+        table.outputs = [new_output("execute_result", {"text/html": html, "text/plain": f"<S at {stamp:#x}>"}, execution_count=1)]
         injected = new_code_cell("seeds = [3]", id=f"random-{stamp}", metadata={"tags": ["injected-parameters"]})
         return new_notebook(cells=[new_markdown_cell("# Two", id="t"), injected, figure, table], metadata={"papermill": {"start": stamp}})
     first, second = (pages.finish(executed(stamp), CHAPTER, "note") for stamp in (11, 12))

@@ -154,3 +154,36 @@ def claim_table(claims: pd.DataFrame):
     shown = claims[["id", "claim", "paper", "measures", "ours", "verdict", "reason"]].rename(columns={
         "paper": "paper said", "measures": "estimator", "ours": "we measured (95 % interval)", "reason": "per data set"})
     return HTML(shown.to_html(index=False, border=0, classes="dataframe claims"))
+
+
+def landing(path: Path) -> str | None:
+    """The book's first picture, from chapter 1's shown rows: what the filters look like, and what they are worth. Returns its text.
+
+    None while no preset beyond smoke has all its rows: a picture is earned, too.
+    """
+    import matplotlib.pyplot as plt
+    import torch
+
+    from . import chapters, claims, filters, rows
+    c = chapters.chapter("01")
+    shown = claims.shown_rows("01")
+    if not len(shown):
+        return None
+    style()
+    table, portrait = shown[shown.trial == "trial"], shown[shown.trial == "portrait"].iloc[0]
+    banks, archs = ["learned", "random", "dct", "ghaar"], list(dict.fromkeys(table.arch))
+    figure, axes = plt.subplots(len(banks), 1, figsize=(WIDTH, 3.9))
+    words = []
+    for ax, bank in zip(axes, banks, strict=True):
+        kernels = rows.arrays(portrait)["kernels"] if bank == "learned" else filters.draw_(torch.empty(9, 9, 5, 5), bank, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
+        part = table[table.bank == bank]
+        worth = ", ".join(f"{LABELS.get(a, a)} {100 * part[part.arch == a].accuracy.mean():.1f} %" for a in archs)
+        words.append(f"{LABELS.get(bank, bank)}: {worth}")
+        filter_sheet(ax, kernels, title=words[-1])
+    alt = f"Nine filters of each kind and the mean accuracy of networks that use them. {'; '.join(words)}."
+    image = show(figure, "Four kinds of spatial filters, and the accuracy of networks that use them", alt,
+                 "Mean over data sets and seeds. " + footer(table, c.name) + " Learned filters: first layer of one network; the others never learned.", path)
+    return image.alt
+
+
+LABELS = {"resnet20": "ResNet-20", "convmixer": "ConvMixer", "random": "frozen, random", "dct": "frozen, cosine atoms", "ghaar": "frozen, steered"}

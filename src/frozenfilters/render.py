@@ -177,7 +177,10 @@ def _run(notebook: Path, out: Path, parameters: dict, results: Path, root: Path)
     study.check_parameters(parameters, chapters.defaults(notebook))         # papermill itself only warns of an unknown one, and runs the default
     out.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")               # this environment's python3 kernel, not another one's of the same name
-    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ, "IPYTHONDIR": str(root / "book" / "_build" / "ipython"),
+    ipython = root / "book" / "_build" / "ipython"                      # nobody's own start-up files, and no chatter of kernels
+    (ipython / "profile_default").mkdir(parents=True, exist_ok=True)
+    (ipython / "profile_default" / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 50\n")
+    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ, "IPYTHONDIR": str(ipython),
            "FROZENFILTERS_ROOT": str(root), "FROZENFILTERS_RESULTS": str(results)}
     papermill.execute_notebook(str(notebook), str(out), parameters, engine_name="private", kernel_name="python3", progress_bar=sys.stderr.isatty(), env=env)
 
