@@ -1,4 +1,5 @@
 """Batches: one indexed read against slicing, flipping and scaling image by image."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,23 @@ from frozenfilters.batches import Batches, as_batches
 
 
 def images(n=50, c=3, h=12, w=10):
-    return SimpleNamespace(images=torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), labels=torch.arange(n))
+    return SimpleNamespace(
+        images=torch.randint(0, 256, (n, c, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), labels=torch.arange(n)
+    )
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("options", [{"crop": 3, "flip": True}, {"crop": 2}, {"flip": True}, {}, {"crop": 2, "flip": True, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": 3, "flip": True},
+        {"crop": 2},
+        {"flip": True},
+        {},
+        {"crop": 2, "flip": True, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)},
+    ],
+    ids=str,
+)
 def test_exact_against_the_slow_way(monkeypatch, resident, options):
     if not resident:
         monkeypatch.setattr(batches, "LIMIT", 0)
@@ -28,7 +41,7 @@ def test_exact_against_the_slow_way(monkeypatch, resident, options):
     for i in range(n):
         image = F.pad(data.images[10 + i], (crop,) * 4)
         image = image.flip(2) if mirrored[i] else image
-        image = image[:, dy[i]:dy[i] + 12, dx[i]:dx[i] + 10].float() / 255
+        image = image[:, dy[i] : dy[i] + 12, dx[i] : dx[i] + 10].float() / 255
         if "mean" in options:
             image = (image - torch.tensor(options["mean"]).view(-1, 1, 1)) / torch.tensor(options["std"]).view(-1, 1, 1)
         torch.testing.assert_close(x[i], image, atol=2e-6, rtol=0)

@@ -1,4 +1,5 @@
 """Chapters, presets, parameters, plans; the command line's errors."""
+
 import json
 import os
 import subprocess
@@ -27,16 +28,28 @@ def test_chapters_and_their_notebooks():
 def test_every_rule_fits_the_rows_of_its_chapter(tmp_path):
     """Smoke rows have the columns and the arms that claims.yml speaks of, but never earn a verdict."""
     from frozenfilters import claims
+
     for c in study.chapters():
-        rows = study.measure(c, {"out": str(tmp_path / c.name), "seeds": 1, "epochs": 1, "n_train": 100, "n_test": 50} | ({"rates": [16, 1]} if c.number == "02" else {}))["rows"]
+        rows = study.measure(
+            c,
+            {"out": str(tmp_path / c.name), "seeds": 1, "epochs": 1, "n_train": 100, "n_test": 50}
+            | ({"rates": [16, 1]} if c.number == "02" else {}),
+        )["rows"]
         for e in claims.entries(c.number):
             if rule := e.get("rule"):
                 values = claims.paired(rows, rule["metric"], rule["a"], rule.get("b"), axis=rule.get("axis"))
                 assert len(values) == 1
 
 
-@pytest.mark.parametrize("given, words", [
-    ({"epoch": 3}, "unknown parameter 'epoch': did you mean 'epochs'"), ({"epochs": "many"}, "epochs='many' is str"), ({"epochs": True}, "bool"), ({"rates": 3}, "rates=3 is int")])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"epoch": 3}, "unknown parameter 'epoch': did you mean 'epochs'"),
+        ({"epochs": "many"}, "epochs='many' is str"),
+        ({"epochs": True}, "bool"),
+        ({"rates": 3}, "rates=3 is int"),
+    ],
+)
 def test_bad_parameters(given, words):
     with pytest.raises(ParameterError, match=words):
         study.measure(study.chapter("02"), given)
@@ -52,7 +65,7 @@ def test_start_refuses_what_papermill_let_through():
         chapters.start("02_linear_combinations", {"_ih": history})
     space = {"_ih": ["", "rates = [1]\nx = 1\n", "# Parameters\nrates = '[1, 4]'\n"], "rates": "[1, 4]"}
     chapters.start("02_linear_combinations", space)
-    assert space["rates"] == [1, 4]                                       # papermill -p passes lists as text
+    assert space["rates"] == [1, 4]  # papermill -p passes lists as text
 
 
 def test_unknown_chapter_and_preset():
@@ -79,13 +92,21 @@ def test_root_says_what_it_looked_for(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------ the command line
-@pytest.mark.parametrize("words, message", [
-    (["run", "99"], "no chapter '99'"), (["run", "02", "--preset", "huge"], "no preset 'huge'"), (["run", "02", "-p", "epoch", "3"], "did you mean 'epochs'"),
-    (["run", "02", "-p", "dataset", "fashion-mist", "--rows-only", "-p", "seeds", "1", "-p", "rates", "[1]"], "fashion-mnist"),
-    (["data", "pack", "nothing", "/nowhere"], "nothing"), (["data", "get", "cifar11"], "cifar10")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["run", "99"], "no chapter '99'"),
+        (["run", "02", "--preset", "huge"], "no preset 'huge'"),
+        (["run", "02", "-p", "epoch", "3"], "did you mean 'epochs'"),
+        (["run", "02", "-p", "dataset", "fashion-mist", "--rows-only", "-p", "seeds", "1", "-p", "rates", "[1]"], "fashion-mnist"),
+        (["data", "pack", "nothing", "/nowhere"], "nothing"),
+        (["data", "get", "cifar11"], "cifar10"),
+    ],
+)
 def test_errors_are_one_line_and_exit_2(words, message, capsys, monkeypatch):
     monkeypatch.setenv("FROZENFILTERS_WORKERS", "1")
     import warnings
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         code = __main__.main(words)
@@ -113,7 +134,25 @@ def test_run_measures_and_resumes(capsys, monkeypatch, tmp_path):
 
 def test_a_failing_trial_gives_a_non_zero_exit(capsys, monkeypatch):
     monkeypatch.setenv("FROZENFILTERS_WORKERS", "1")
-    words = ["run", "01", "-p", "epochs", "1", "-p", "n_train", "100", "-p", "seeds", "1", "-p", "banks", "[random]", "--rows-only", "-p", "archs"]
+    words = [
+        "run",
+        "01",
+        "-p",
+        "epochs",
+        "1",
+        "-p",
+        "n_train",
+        "100",
+        "-p",
+        "seeds",
+        "1",
+        "-p",
+        "banks",
+        "[random]",
+        "--rows-only",
+        "-p",
+        "archs",
+    ]
     with pytest.warns(UserWarning, match="resnet21"):
         assert __main__.main([*words, "[convmixer, resnet21]"]) == 1
     assert __main__.main([*words, "[resnet21]"]) == 2
@@ -122,7 +161,9 @@ def test_a_failing_trial_gives_a_non_zero_exit(capsys, monkeypatch):
 
 def test_import_is_light():
     """`import frozenfilters` brings no torch; its parts bring no torchvision, seaborn or pandas before they are used."""
-    code = ("import sys, frozenfilters as ff; assert 'torch' not in sys.modules; ff.freeze; ff.LCConv2d; ff.fit; ff.models; ff.data;"
-            "print([m for m in ('torchvision', 'seaborn', 'pandas', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules])")
+    code = (
+        "import sys, frozenfilters as ff; assert 'torch' not in sys.modules; ff.freeze; ff.LCConv2d; ff.fit; ff.models; ff.data;"
+        "print([m for m in ('torchvision', 'seaborn', 'pandas', 'matplotlib', 'sklearn', 'scipy') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert out.stdout.strip() == "[]"

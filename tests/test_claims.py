@@ -1,4 +1,5 @@
 """Verdicts by rule, intervals that cover what they say."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,18 +15,28 @@ def table(difference, seeds=5, datasets=("a", "b"), noise=0.001):
         for seed in range(seeds):
             base = 0.8 + 0.05 * rng.standard_normal()
             delta = difference[d] if isinstance(difference, (list, tuple)) else difference
-            lines += [{"dataset": name, "seed": seed, "arm": "learned", "accuracy": base},
-                      {"dataset": name, "seed": seed, "arm": "frozen", "accuracy": base + delta + noise * rng.standard_normal()}]
+            lines += [
+                {"dataset": name, "seed": seed, "arm": "learned", "accuracy": base},
+                {"dataset": name, "seed": seed, "arm": "frozen", "accuracy": base + delta + noise * rng.standard_normal()},
+            ]
     return pd.DataFrame(lines)
 
 
 RULE = {"metric": "accuracy", "a": {"arm": "frozen"}, "b": {"arm": "learned"}, "min_seeds": 3}
 
 
-@pytest.mark.parametrize("difference, test, word", [
-    (-0.05, {"below": 0.0}, "reproduced"), (0.05, {"below": 0.0}, "not reproduced"), ([-0.05, 0.05], {"below": 0.0}, "partly"),
-    (0.0, {"within": 0.01}, "reproduced"), (0.05, {"within": 0.01}, "not reproduced"), (0.05, {"above": 0.01}, "reproduced"),
-    (0.0, {"above": 0.0}, "not tested at this scale")])
+@pytest.mark.parametrize(
+    "difference, test, word",
+    [
+        (-0.05, {"below": 0.0}, "reproduced"),
+        (0.05, {"below": 0.0}, "not reproduced"),
+        ([-0.05, 0.05], {"below": 0.0}, "partly"),
+        (0.0, {"within": 0.01}, "reproduced"),
+        (0.05, {"within": 0.01}, "not reproduced"),
+        (0.05, {"above": 0.01}, "reproduced"),
+        (0.0, {"above": 0.0}, "not tested at this scale"),
+    ],
+)
 def test_verdicts(difference, test, word):
     noise = 0.05 if word.startswith("not tested") else 0.001
     assert verdict(RULE | {"test": test}, table(difference, noise=noise))[0] == word
@@ -57,7 +68,9 @@ def test_pairing_removes_what_seeds_share():
 
 
 def test_slope_per_doubling():
-    t = pd.DataFrame([{"seed": s, "rate": r, "arm": "lc", "accuracy": 0.5 + 0.03 * np.log2(r) + 0.1 * s} for s in range(3) for r in (1, 2, 8)])
+    t = pd.DataFrame(
+        [{"seed": s, "rate": r, "arm": "lc", "accuracy": 0.5 + 0.03 * np.log2(r) + 0.1 * s} for s in range(3) for r in (1, 2, 8)]
+    )
     assert np.allclose(paired(t, "accuracy", {"arm": "lc"}, axis="rate"), 0.03)
 
 
@@ -70,6 +83,7 @@ def test_diverged_rows_drop_out_with_their_pair():
 def test_the_interval_covers_what_it_says_and_the_bootstrap_does_not():
     """Why the study's default is Student's interval: coverage of the mean of five normal seeds, 2,000 draws."""
     from scipy import stats
+
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2000, 5))
     t = np.mean([i.low <= 0 <= i.high for i in map(interval, x)])

@@ -1,4 +1,5 @@
 """LC blocks: three executions of one function and one trajectory, in float64."""
+
 import copy
 import math
 
@@ -15,13 +16,26 @@ D = torch.float64
 
 
 def block(execution="sequential", rate=3, k=3, stride=1, seed=0, **options):
-    return LCConv2d(4, 6, k, stride=stride, padding=k // 2, rate=rate, execution=execution, generator=torch.Generator().manual_seed(seed), dtype=D, **options)
+    return LCConv2d(
+        4,
+        6,
+        k,
+        stride=stride,
+        padding=k // 2,
+        rate=rate,
+        execution=execution,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=D,
+        **options,
+    )
 
 
 def naive(layer, x):
     """The paper's block, written out."""
     s = layer.spatial
-    return F.conv2d(F.conv2d(x, s.weight, None, s.stride, s.padding, s.dilation, s.groups), layer.mix.weight, layer.mix.bias, groups=layer.mix.groups)
+    return F.conv2d(
+        F.conv2d(x, s.weight, None, s.stride, s.padding, s.dilation, s.groups), layer.mix.weight, layer.mix.bias, groups=layer.mix.groups
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"depthwise": True}, {"bias": True}, {"frozen": False}, {"dilation": 2}], ids=str)
@@ -43,6 +57,7 @@ def test_executions_equal_the_paper(options, stride):
 def test_compose_gradient_is_autograds():
     P, f = torch.randn(6, 5, 1, 1, dtype=D, requires_grad=True), torch.randn(5, 4, 3, 3, dtype=D, requires_grad=True)
     from frozenfilters.algebra import Compose
+
     assert torch.autograd.gradcheck(lambda p, q: Compose.apply(p, q, 1, False, None), (P, f))
     torch.testing.assert_close(compose(P, f), torch.einsum("om,mcij->ocij", P[:, :, 0, 0], f))
 
@@ -157,8 +172,8 @@ def test_any_rate_by_sampling_the_gram_matrix(g):
     torch.testing.assert_close(layer.gram / c, torch.eye(36, dtype=D), atol=0.01, rtol=0)
     assert layer.weight.std().item() == pytest.approx(1 / (3 * math.sqrt(36)), rel=0.15)
     draws = torch.stack([sample_gram(2, 50, torch.Size([2, 2, 2]), g, torch.zeros((), dtype=D))[1] for _ in range(400)])
-    torch.testing.assert_close(draws.mean(0), torch.eye(8, dtype=D) * 50 / 24, atol=0.1, rtol=0)        # E S = M/(3n) I
-    want = 2 * 50 / 24**2                                                                             # Var S_ii of Wishart(M)/(3n)
+    torch.testing.assert_close(draws.mean(0), torch.eye(8, dtype=D) * 50 / 24, atol=0.1, rtol=0)  # E S = M/(3n) I
+    want = 2 * 50 / 24**2  # Var S_ii of Wishart(M)/(3n)
     assert torch.diagonal(draws, dim1=1, dim2=2).var(0).mean().item() == pytest.approx(want, rel=0.15)
 
 
@@ -201,7 +216,15 @@ def test_planner_follows_the_cost_model():
     assert plan(4, 16, 16, 128 * 1024, depthwise=True) == "composed"
 
 
-@pytest.mark.parametrize("bad, word", [({"rate": 0}, "rate"), ({"execution": "fast"}, "execution"), ({"between": "gelu"}, "between"), ({"depthwise": True, "groups": 2}, "groups")])
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        ({"rate": 0}, "rate"),
+        ({"execution": "fast"}, "execution"),
+        ({"between": "gelu"}, "between"),
+        ({"depthwise": True, "groups": 2}, "groups"),
+    ],
+)
 def test_bad_arguments_are_named(bad, word):
     with pytest.raises(ValueError, match=word):
         LCConv2d(4, 6, 3, **bad)

@@ -1,4 +1,5 @@
 """Measures: attacks against foolbox, counted arithmetic, ratios."""
+
 from functools import partial
 
 import pytest
@@ -26,9 +27,11 @@ def test_attacks_agree_with_foolbox(trained):
     for eps in (0.02, 0.1):
         _, theirs, _ = foolbox.attacks.LinfFastGradientAttack(random_start=False)(model, x, y, epsilons=eps)
         torch.testing.assert_close(ff.fgsm(net, x, y, eps), theirs, atol=1e-6, rtol=0)
-        _, theirs, _ = foolbox.attacks.LinfProjectedGradientDescentAttack(steps=5, abs_stepsize=eps / 2, random_start=False)(model, x, y, epsilons=eps)
+        _, theirs, _ = foolbox.attacks.LinfProjectedGradientDescentAttack(steps=5, abs_stepsize=eps / 2, random_start=False)(
+            model, x, y, epsilons=eps
+        )
         ours = ff.pgd(net, x, y, eps, steps=5, step_size=eps / 2)
-        assert (ours - theirs).abs().gt(1e-6).float().mean() < 0.01            # a gradient of exactly zero may turn either way
+        assert (ours - theirs).abs().gt(1e-6).float().mean() < 0.01  # a gradient of exactly zero may turn either way
         assert (net(ours).argmax(1) == y).float().mean() == pytest.approx((net(theirs).argmax(1) == y).float().mean().item(), abs=0.011)
 
 
@@ -80,7 +83,9 @@ def test_composed_saves_less_than_sequential():
 def test_step_ratio_counts_what_it_runs():
     ticks = iter(range(1000))
     calls = []
-    table = measure.step_ratio({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1, clock=lambda: next(ticks))
+    table = measure.step_ratio(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1, clock=lambda: next(ticks)
+    )
     assert calls == ["a", "b"] * 4 and list(table.ratio) == [1.0, 1.0]
     with pytest.raises(ValueError, match="base"):
         measure.step_ratio({"a": lambda: None}, base="c")

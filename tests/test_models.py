@@ -1,4 +1,5 @@
 """Networks: exact counts, small stems, normalisation inside, folding."""
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ def test_resnet20_is_exact():
     assert sum(p.numel() for p in net.parameters()) == 272_474
     assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in net.modules()) == 19
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    assert [m.stride for m in net.modules() if isinstance(m, nn.Conv2d)].count((2, 2)) == 4          # two stages, each with a 1 x 1 shortcut
+    assert [m.stride for m in net.modules() if isinstance(m, nn.Conv2d)].count((2, 2)) == 4  # two stages, each with a 1 x 1 shortcut
 
 
 @pytest.mark.parametrize("kernel_size", [1, 5, 7, 9])
@@ -28,6 +29,7 @@ def test_bad_sizes_are_named():
 
 def test_small_stem_on_torchvision_networks():
     from torchvision import models
+
     for make in (models.resnet18, models.densenet121, models.mobilenet_v2):
         net = ff.small_stem(make(num_classes=10))
         first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
@@ -53,7 +55,7 @@ def test_fold_is_the_same_function(rate):
     ff.lc(net, rate)
     x = torch.rand(4, 3, 16, 16)
     for _ in range(3):
-        net(x)                                                    # running statistics away from their start
+        net(x)  # running statistics away from their start
     net.eval().double()
     folded = ff.fold(net)
     torch.testing.assert_close(folded(x.double()), net(x.double()), atol=1e-10, rtol=1e-9)
@@ -69,5 +71,6 @@ def test_fold_keeps_what_cannot_be_traced():
 
         def forward(self, x):
             return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
     net, x = Branching().eval(), torch.rand(1, 1, 5, 5)
     torch.testing.assert_close(ff.fold(net)(x), net(x))

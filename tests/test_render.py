@@ -76,7 +76,8 @@ def test_a_page_shows_the_largest_complete_preset(checkout):
     assert (shown.preset, shown.fallback, len(shown.keys)) == ("cpu", False, 3)
     assert "`cpu` preset" in pages.note(chapter, shown) and "`smoke` 0.1 min · `cpu` 2 min" in pages.note(chapter, shown)
     text = pages.provenance({"01_one": shown, "02_two": render.choose(study.chapter("02"))})
-    assert "| Grid measured | `smoke` 2 of 2 · `cpu` 3 of 3 |" in text and "no larger preset is complete" in text
+    assert "| Grid measured | `smoke` 2 of 2 · `cpu` 3 of 3 |" in text
+    assert "| Rows kept | 3, of which 0 stale |" in text and "no larger preset is complete" in text
 
 
 def test_nbval_counts_as_the_smoke_run(checkout, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """The life of a result: keys, appends, resumption, faults. Trials here are real functions of this file."""
+
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from frozenfilters import rows, study
+from frozenfilters import keys, rows, study
 
-CALLS = pytest.CALLS = []           # reached through a module, so that counting is no part of the trial's key
+CALLS = pytest.CALLS = []  # reached through a module, so that counting is no part of the trial's key
 SCALE = 2
 
 
@@ -32,6 +33,7 @@ def _fresh():
 def make(source: str, name: str = "trial", **space):
     """A trial from source, as a notebook cell makes one."""
     import linecache
+
     source = textwrap.dedent(source)
     file = f"<cell {abs(hash(source))}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -53,28 +55,32 @@ def test_measures_once_and_resumes(tmp_path):
 def test_key_ignores_layout_comments_docstring_device_and_locals():
     a = make("def trial(x, lr=0.1):\n    return {'v': x}")
     b = make('def trial(x,\n          lr=0.1):\n    """Doc."""\n    # comment\n    return {"v": x}', lr=7)
-    assert rows.code_of(a) == rows.code_of(b)
+    assert keys.code_of(a) == keys.code_of(b)
     c = make("def trial(x, lr=0.1):\n    return {'v': x + 0}")
-    assert rows.code_of(a) != rows.code_of(c)
-    code = rows.code_of(trial)
-    assert rows.key_of(code, rows.bind(trial, {"x": 1})) == rows.key_of(code, rows.bind(trial, {"x": 1, "seed": 0, "device": "cuda"}))
-    assert rows.key_of(code, rows.bind(trial, {"x": 1})) != rows.key_of(code, rows.bind(trial, {"x": 1, "seed": 1}))
-    assert rows.key_of("0", {"x": np.int64(3), "y": (1, 2)}) == rows.key_of("0", {"x": 3, "y": [1, 2]})
+    assert keys.code_of(a) != keys.code_of(c)
+    code = keys.code_of(trial)
+    assert keys.key_of(code, keys.bind(trial, {"x": 1})) == keys.key_of(code, keys.bind(trial, {"x": 1, "seed": 0, "device": "cuda"}))
+    assert keys.key_of(code, keys.bind(trial, {"x": 1})) != keys.key_of(code, keys.bind(trial, {"x": 1, "seed": 1}))
+    assert keys.key_of("0", {"x": np.int64(3), "y": (1, 2)}) == keys.key_of("0", {"x": 3, "y": [1, 2]})
 
 
 def test_key_is_the_same_on_every_python():
     """A golden value: if it moves, every row ever measured would be orphaned."""
     t = make("def trial(x, *, k=3):\n    'doc'\n    y = [i ** 2 for i in range(x) if i > k]\n    return {'v': f'{sum(y):.2f}'}")
-    assert rows.code_of(t)[:16] == "3b80ac3f582f433a"
+    assert keys.code_of(t)[:16] == "3b80ac3f582f433a"
 
 
 def test_key_follows_what_the_trial_refers_to():
     source = "def helper(x):\n    return x * FACTOR\ndef trial(x):\n    return {'v': helper(x)}"
-    codes = {rows.code_of(make(source, FACTOR=2)), rows.code_of(make(source, FACTOR=3)), rows.code_of(make(source.replace("x * F", "x + F"), FACTOR=2))}
+    codes = {
+        keys.code_of(make(source, FACTOR=2)),
+        keys.code_of(make(source, FACTOR=3)),
+        keys.code_of(make(source.replace("x * F", "x + F"), FACTOR=2)),
+    }
     assert len(codes) == 3
-    assert rows.code_of(make(source, FACTOR=2)) == rows.code_of(make(source, FACTOR=2, unrelated=5))
+    assert keys.code_of(make(source, FACTOR=2)) == keys.code_of(make(source, FACTOR=2, unrelated=5))
     with pytest.raises(ValueError, match="'net'.*as an argument"):
-        rows.code_of(make("def trial(x):\n    return net(x)", net=np.zeros(3)))
+        keys.code_of(make("def trial(x):\n    return net(x)", net=np.zeros(3)))
 
 
 def test_edited_trial_is_measured_again(tmp_path):
@@ -110,6 +116,7 @@ def test_divergence_is_a_row_and_failure_is_tried_again(tmp_path):
 
     def diverging(x):
         raise ArithmeticError("the loss is nan in epoch 2")
+
     table = study.run(diverging, study.grid(x=[1]), tmp_path / "a")
     assert table.status[0] == "diverged" and "nan" in table.error[0]
     assert rows._done(tmp_path / "a")
@@ -121,7 +128,10 @@ def test_divergence_is_a_row_and_failure_is_tried_again(tmp_path):
 
 
 def test_a_mistake_stops_at_once_unless_something_was_measured(tmp_path):
-    first, later = (make("def trial(x):\n    if x == BAD:\n        raise ValueError(\"unknown data set 'mist'\")\n    return {'v': x}", BAD=b) for b in (0, 1))
+    first, later = (
+        make("def trial(x):\n    if x == BAD:\n        raise ValueError(\"unknown data set 'mist'\")\n    return {'v': x}", BAD=b)
+        for b in (0, 1)
+    )
     with pytest.raises(ValueError, match="mist"):
         study.run(first, study.grid(x=range(3)), tmp_path / "a")
     assert not list((tmp_path / "a").glob("*.jsonl"))
@@ -132,11 +142,13 @@ def test_a_mistake_stops_at_once_unless_something_was_measured(tmp_path):
 def test_arrays_are_kept_beside_the_row(tmp_path):
     def spectral(x):
         return {"v": 1.0, "spectrum": np.arange(5.0) * x}
+
     table = study.run(spectral, study.grid(x=[3]), tmp_path)
     np.testing.assert_array_equal(study.arrays(table.iloc[0])["spectrum"], np.arange(5.0) * 3)
 
     def huge(x):
         return {"a": np.zeros(10**6)}
+
     with pytest.raises(ValueError, match="at most 200000"):
         study.run(huge, study.grid(x=[3]), tmp_path)
     next(tmp_path.glob("*.npz")).unlink()
@@ -166,6 +178,7 @@ def test_budget_and_shards(tmp_path):
     def slow(x):
         time.sleep(0.1)
         return {"v": x}
+
     study.run(slow, study.grid(x=range(50)), tmp_path, budget="0.5s")
     assert 2 <= len(study.load(tmp_path)) <= 6
     assert study.run(slow, study.grid(x=range(50)), tmp_path, budget=0) is not None
@@ -233,7 +246,7 @@ def test_killed_run_resumes_with_nothing_lost(tmp_path):
         warnings.simplefilter("ignore")
         everything, table = rows.read(out), study.load(out)
     assert sorted(table.v) == [x * x for x in range(60)]
-    assert len(everything) == 60                                    # no key twice
+    assert len(everything) == 60  # no key twice
 
 
 def test_two_writers_and_worker_processes(tmp_path):
@@ -254,6 +267,7 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, capsys):
         if x == 2:
             raise KeyboardInterrupt
         return {"v": x}
+
     with pytest.raises(KeyboardInterrupt):
         study.run(interrupted, study.grid(x=[1, 2, 3]), tmp_path)
     assert "resume" in capsys.readouterr().err and len(study.load(tmp_path)) == 1
@@ -262,6 +276,8 @@ def test_interrupted_run_says_how_to_go_on(tmp_path, capsys):
 def test_stamp_says_where_a_number_comes_from(tmp_path):
     def with_data(x):
         import frozenfilters as ff
+
         return {"n": len(ff.data.load("digits", "test"))}
+
     row = study.run(with_data, study.grid(x=[1]), tmp_path).iloc[0]
     assert row["stamp.device"] and row["stamp.torch"] and row["stamp.time"] and row["stamp.data"]["digits"]["source"] == "embedded"

@@ -1,4 +1,5 @@
 """Training: frozen stays frozen, seeds decide everything, divergence is told."""
+
 import copy
 
 import pytest
@@ -43,6 +44,7 @@ def test_optimizer_never_holds_a_frozen_weight(digits):
     class Look(Callback):
         def on_train_begin(self, state):
             seen.extend(id(p) for group in state.optimizer.param_groups for p in group["params"])
+
     fit(net, digits, epochs=1, callbacks=[Look()])
     assert seen and not {id(net.get_submodule(n).weight) for n in names} & set(seen)
 
@@ -95,10 +97,12 @@ def test_divergence_becomes_a_row(tmp_path):
         import torch
 
         import frozenfilters as ff
+
         torch.manual_seed(0)
         net = ff.normalized(ff.models.convmixer(width=8, depth=1, in_channels=1), [0.3], [0.001])
         ff.fit(net, ff.data.load("digits").subset(128), epochs=2, lr=lr, momentum=0.0)
         return {"accuracy": 1.0}
+
     table = ff.study.run(trial, ff.study.grid(lr=[1e30]), tmp_path)
     assert table.status[0] == "diverged" and "diverged" in table.error[0]
 
@@ -118,12 +122,14 @@ def test_ema_and_warmup_and_stop(digits):
     class Stop(Callback):
         def on_epoch_end(self, state):
             state.stop = state.epoch == 2
+
     net, plain = network(), network()
     lrs = []
 
     class Rates(Callback):
         def on_step_end(self, state):
             lrs.append(state.optimizer.param_groups[0]["lr"])
+
     assert len(fit(net, digits, epochs=5, ema=0.9, warmup=0.2, schedule="constant", batch_size=64, callbacks=[Stop(), Rates()])) == 2
     assert lrs[0] == pytest.approx(0.01 / 4) and lrs[3:] == [pytest.approx(0.01)] * 5
     fit(plain, digits, epochs=5, warmup=0.2, schedule="constant", batch_size=64, callbacks=[Stop()])
@@ -134,7 +140,7 @@ def test_bfloat16_by_rule():
     cpu = torch.device("cpu")
     assert resolve_precision("float32", network(), cpu) is None
     assert resolve_precision("bfloat16", network(), cpu) is torch.bfloat16
-    assert resolve_precision("auto", ff.models.convmixer(width=8), cpu) is None           # depthwise: never on a CPU
+    assert resolve_precision("auto", ff.models.convmixer(width=8), cpu) is None  # depthwise: never on a CPU
 
 
 def test_any_dataset_and_loader(digits):
@@ -147,5 +153,13 @@ def test_param_groups_keep_their_own_rates(digits):
     net = copy.deepcopy(network())
     fc = {id(p) for p in net[1].fc.parameters()}
     before = net[1].conv.weight.clone()
-    fit(net, digits, epochs=1, params=[{"params": [p for p in net.parameters() if id(p) in fc]}, {"params": [p for p in net.parameters() if id(p) not in fc], "lr": 0.0}])
+    fit(
+        net,
+        digits,
+        epochs=1,
+        params=[
+            {"params": [p for p in net.parameters() if id(p) in fc]},
+            {"params": [p for p in net.parameters() if id(p) not in fc], "lr": 0.0},
+        ],
+    )
     assert torch.equal(net[1].conv.weight, before)

@@ -8,9 +8,13 @@ __version__ = "0.1.0"
 
 PROTOCOL = 1        # raised by hand when a change of the package alters numerics: rows of an older protocol are stale
 
-_MODULES = ("algebra", "batches", "data", "filters", "layers", "measure", "models", "pack", "plots", "render", "steering", "study", "surgery", "train")
+_MODULES = (
+    "algebra", "batches", "chapters", "check", "claims", "data", "filters", "keys", "layers", "lcnets", "measure", "models", "pack", "plots", "render",
+    "rows", "stamp", "steering", "study", "surgery", "train",
+)
 _NAMES = {
-    "layers": ("LCConv2d", "lc", "lr_matched"),
+    "layers": ("LCConv2d",),
+    "lcnets": ("lc", "lr_matched"),
     "measure": ("accuracy", "fgsm", "pgd"),
     "models": ("fold", "normalized", "small_stem"),
     "surgery": ("depthwise", "freeze", "frozen_hash", "frozen_share", "inventory", "share", "spatial", "summary", "swap", "thaw", "thawed"),

@@ -1,4 +1,5 @@
 """The command line: list, run, book, check, data."""
+
 from __future__ import annotations
 
 import argparse
@@ -22,15 +23,23 @@ EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    p = argparse.ArgumentParser("frozenfilters", description="Do convolutional networks need to learn their spatial filters?", epilog=EXAMPLES,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "frozenfilters",
+        description="Do convolutional networks need to learn their spatial filters?",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     sub = p.add_subparsers(dest="command", required=True, metavar="list | run | book | check | data")
     s = sub.add_parser("list", help="chapters, presets, minutes, rows present")
     s.add_argument("--json", action="store_true", help="machine-readable")
-    s = sub.add_parser("run", help="measure a chapter's grid and draw its notebook", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    s = sub.add_parser(
+        "run", help="measure a chapter's grid and draw its notebook", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     s.add_argument("chapter", help="number, name or notebook: 02, 02_linear_combinations")
     s.add_argument("--preset", default="smoke", help="smoke (seconds), cpu (minutes), gpu (the paper's scale); see notebooks/presets.yml")
-    s.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="overrides the preset; VALUE is YAML")
+    s.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="overrides the preset; VALUE is YAML"
+    )
     s.add_argument("--budget", help="stop starting trials in time: 9m, 2h, seconds; run again to go on")
     s.add_argument("--shard", help="measure only a part of the grid: 3/8")
     s.add_argument("--workers", type=int, default=None, help="processes with one thread each (default: one per core)")
@@ -54,11 +63,21 @@ def parser() -> argparse.ArgumentParser:
 
 def _list(a) -> int:
     from . import study
+
     lines = []
     for c in study.chapters():
         for name in c.presets:
             plan = study.plan(c, name)
-            lines.append({"chapter": c.name, "title": c.title, "preset": name, "minutes": c.minutes.get(name), "rows": plan.present, "grid": plan.total})
+            lines.append(
+                {
+                    "chapter": c.name,
+                    "title": c.title,
+                    "preset": name,
+                    "minutes": c.minutes.get(name),
+                    "rows": plan.present,
+                    "grid": plan.total,
+                }
+            )
     if a.json:
         print(json.dumps(lines))
         return 0
@@ -70,6 +89,7 @@ def _list(a) -> int:
 
 def _run(a) -> int:
     from . import study
+
     c = study.chapter(a.chapter)
     parameters = study.preset(c, a.preset) | {name: yaml.safe_load(value) for name, value in a.parameter}
     for name in ("budget", "shard"):
@@ -84,16 +104,25 @@ def _run(a) -> int:
     executed = None
     if counts and not a.rows_only and not a.shard:
         from . import render
-        executed = render.execute(c, {k: v for k, v in parameters.items() if k not in ("budget", "shard")} | ({"budget": 0} if "budget" in parameters else {}), a.preset)
+
+        executed = render.execute(
+            c,
+            {k: v for k, v in parameters.items() if k not in ("budget", "shard")} | ({"budget": 0} if "budget" in parameters else {}),
+            a.preset,
+        )
     if a.json:
         print(json.dumps({"chapter": c.name, "preset": a.preset, "rows": counts, "notebook": str(executed) if executed else None}))
     else:
-        print(f"{c.name} {a.preset}: {', '.join(f'{v} rows {k}' for k, v in counts.items()) or 'no rows yet'}" + (f"; drawn in {executed}" if executed else ""))
+        print(
+            f"{c.name} {a.preset}: {', '.join(f'{v} rows {k}' for k, v in counts.items()) or 'no rows yet'}"
+            + (f"; drawn in {executed}" if executed else "")
+        )
     return 0 if a.budget or a.shard or sum(counts.values()) == len(space["grid"]) else 1
 
 
 def _check(a) -> int:
     from . import check
+
     found = check.everything()
     if a.json:
         print(json.dumps(found))
@@ -107,8 +136,10 @@ def _check(a) -> int:
 
 def _data(a) -> int:
     from . import data
+
     if a.action == "pack":
         from .pack import pack
+
         print(pack(a.name, a.source, out=a.out))
     elif a.action == "get":
         for split in ("train", "test"):
@@ -126,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if a.command == "book":
             from . import render
+
             render.book(smoke=not a.no_smoke)
             return 0
         return {"list": _list, "run": _run, "check": _check, "data": _data}[a.command](a)

@@ -4,6 +4,7 @@ Paper: arXiv 2301.11360 for the block; the algebra is ours. With G = dL/dW, the 
 
     W = P F,    dL/dP = G F^T,    dL/dF = P^T G,    and for linear optimisers dW = G S with S = F^T F.
 """
+
 from __future__ import annotations
 
 import math
@@ -48,15 +49,15 @@ class Compose(torch.autograd.Function):
         with torch.autocast(G.device.type, enabled=False):
             p, f = _rows(P, F_, ctx.groups, ctx.depthwise)
             if ctx.depthwise:
-                g = G.to(P.dtype).flatten(2).transpose(0, 1)               # (Ci, Co, k k)
+                g = G.to(P.dtype).flatten(2).transpose(0, 1)  # (Ci, Co, k k)
             else:
-                g = G.to(P.dtype).reshape(ctx.groups, p.shape[1], -1)      # (g, Co/g, Ci/g k k)
+                g = G.to(P.dtype).reshape(ctx.groups, p.shape[1], -1)  # (g, Co/g, Ci/g k k)
             dP = dF = None
             if ctx.needs_input_grad[0]:
-                dP = g @ f.mT                                              # dP = G F^T
+                dP = g @ f.mT  # dP = G F^T
                 dP = (dP.transpose(0, 1) if ctx.depthwise else dP).reshape(P.shape)
             if ctx.needs_input_grad[1]:
-                dF = (p.mT @ g).reshape(F_.shape)                          # dF = P^T G
+                dF = (p.mT @ g).reshape(F_.shape)  # dF = P^T G
         return dP, dF, None, None, None
 
 
@@ -84,7 +85,7 @@ def compose(P: Tensor, F_: Tensor, groups: int = 1, depthwise: bool = False) -> 
     >>> torch.allclose(compose(P, F_), torch.einsum("om,mcij->ocij", P[:, :, 0, 0], F_), atol=1e-6)
     True
     """
-    if groups == 1 and not depthwise and F_.dim() == 4:                    # as a 1 x 1 convolution over the taps: quicker than a matrix product on many CPUs
+    if groups == 1 and not depthwise and F_.dim() == 4:  # as a 1 x 1 convolution over the taps: quicker than a matrix product on many CPUs
         W = F.conv2d(F_.transpose(0, 1), P).transpose(0, 1)
     else:
         p, f = _rows(P, F_, groups, depthwise)
@@ -117,7 +118,7 @@ def sample_gram(out_channels: int, M: int, shape: torch.Size, generator: torch.G
     kw = {"generator": generator, "dtype": torch.float64}
     L = torch.randn(n, n, **kw).tril(-1)
     freedom = M - torch.arange(n, dtype=torch.float64)
-    L.diagonal().copy_((2 * torch._standard_gamma(freedom / 2, generator=generator)).sqrt())       # chi with M, M-1, ... degrees
+    L.diagonal().copy_((2 * torch._standard_gamma(freedom / 2, generator=generator)).sqrt())  # chi with M, M-1, ... degrees
     L /= math.sqrt(3 * n)
     W = torch.randn(out_channels, n, **kw) @ L.T / math.sqrt(3 * M)
     return W.view(out_channels, *shape).to(like), (L @ L.T).to(like)

@@ -3,6 +3,7 @@
 The padded images are seen through a strided view of all their windows, (image, flip, dy, dx, row, column and channel), so that a
 batch of random crops of randomly mirrored images is a single gather. Same code on CPU and GPU, exact against slicing.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LIMIT = 2 * 2**30       # bytes that the padded and mirrored copy may take; larger sets pad batch by batch
+LIMIT = 2 * 2**30  # bytes that the padded and mirrored copy may take; larger sets pad batch by batch
 
 
 class Batches:
@@ -34,10 +35,25 @@ class Batches:
     [(4, 1, 8, 8), (4, 1, 8, 8), (2, 1, 8, 8)]
     """
 
-    def __init__(self, data, batch_size: int, *, crop: int = 0, flip: bool = False, shuffle: bool = False, drop_last: bool = False,
-                 generator: torch.Generator | None = None, device="cpu", mean=None, std=None, dtype=torch.float32):
+    def __init__(
+        self,
+        data,
+        batch_size: int,
+        *,
+        crop: int = 0,
+        flip: bool = False,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+        device="cpu",
+        mean=None,
+        std=None,
+        dtype=torch.float32,
+    ):
         if not isinstance(data.images, Tensor) or data.images.dtype != torch.uint8 or data.images.dim() != 4:
-            raise ValueError(f"data={getattr(data, 'name', data)!r}: images must be one uint8 tensor (N, C, H, W); images of several sizes need .resize(size) first")
+            raise ValueError(
+                f"data={getattr(data, 'name', data)!r}: images must be one uint8 tensor (N, C, H, W); images of several sizes need .resize(size) first"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if (crop or flip or shuffle) and generator is None:
@@ -45,13 +61,13 @@ class Batches:
         self.n, self.channels, self.height, self.width = data.images.shape
         self.batch_size, self.crop, self.flip, self.shuffle, self.drop_last = batch_size, crop, flip, shuffle, drop_last
         self.generator, self.device, self.dtype = generator, torch.device(device), dtype
-        rows = data.images.permute(0, 2, 3, 1)                                           # (N, H, W, C)
+        rows = data.images.permute(0, 2, 3, 1)  # (N, H, W, C)
         size = self.n * (1 + flip) * (self.height + 2 * crop) * (self.width + 2 * crop) * self.channels
         self.resident = size <= LIMIT
         store = _pad(rows, crop, flip) if self.resident else rows
         self.store, self.labels = store.contiguous().to(self.device), data.labels.to(self.device)
         mean, std = torch.tensor(mean or [0.0] * self.channels), torch.tensor(std or [1.0] * self.channels)
-        self.scale = (1 / (255 * std)).repeat(self.width).to(self.device, dtype)         # one affine map over a row of pixels
+        self.scale = (1 / (255 * std)).repeat(self.width).to(self.device, dtype)  # one affine map over a row of pixels
         self.shift = (-mean / std).repeat(self.width).to(self.device, dtype) if bool(mean.any()) else None
 
     def __len__(self) -> int:
@@ -60,7 +76,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(self.n, generator=self.generator) if self.shuffle else torch.arange(self.n)
         for i in range(len(self)):
-            yield self.batch(order[i * self.batch_size:(i + 1) * self.batch_size])
+            yield self.batch(order[i * self.batch_size : (i + 1) * self.batch_size])
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The images `index` (B,), each with its own random window and flip."""
@@ -81,7 +97,9 @@ class Batches:
         """All windows of the padded store (N, flips, H + 2p, W + 2p, C): (N, flips, dy, dx, H, W C), a view."""
         n, flips, height, width, c = store.shape
         p = 2 * self.crop + 1
-        return store.as_strided((n, flips, p, p, self.height, self.width * c), (flips * height * width * c, height * width * c, width * c, c, width * c, 1))
+        return store.as_strided(
+            (n, flips, p, p, self.height, self.width * c), (flips * height * width * c, height * width * c, width * c, c, width * c, 1)
+        )
 
 
 def _pad(rows: Tensor, crop: int, flip: bool) -> Tensor:

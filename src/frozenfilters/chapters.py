@@ -3,6 +3,7 @@
 Notebook cells carry tags: `parameters` (plain assignments), `setup` (imports), `trial` (the measured function), `measure`
 (grid and `study.run`). These four are all that is needed to measure; the rest draws.
 """
+
 from __future__ import annotations
 
 import ast
@@ -40,7 +41,9 @@ def root() -> Path:
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / "notebooks" / "presets.yml").exists():
             return folder
-    raise FileNotFoundError(f"no notebooks/presets.yml in {here} or above it: run inside a checkout of the study, or set FROZENFILTERS_ROOT to one")
+    raise FileNotFoundError(
+        f"no notebooks/presets.yml in {here} or above it: run inside a checkout of the study, or set FROZENFILTERS_ROOT to one"
+    )
 
 
 def results(name: str | None = None) -> Path:
@@ -74,8 +77,19 @@ def chapters() -> list[Chapter]:
             raise FileNotFoundError(f"presets.yml names {name}, but {path} does not exist; add the notebook or remove the entry")
         lines = "".join(json.loads(path.read_text())["cells"][0]["source"]).strip().splitlines()
         question = next((line.strip("*_ ") for line in lines[1:] if line.strip()), "")
-        found.append(Chapter(name[:2], name, path, lines[0].lstrip("# "), question, entry.get("summary", ""), entry.get("system", ""),
-                             {p: entry.get(p) or {} for p in PRESETS if p in entry}, entry.get("minutes", {})))
+        found.append(
+            Chapter(
+                name[:2],
+                name,
+                path,
+                lines[0].lstrip("# "),
+                question,
+                entry.get("summary", ""),
+                entry.get("system", ""),
+                {p: entry.get(p) or {} for p in PRESETS if p in entry},
+                entry.get("minutes", {}),
+            )
+        )
     return found
 
 
@@ -90,7 +104,9 @@ def chapter(name: str) -> Chapter:
         if wanted in (c.name, c.number, c.number.lstrip("0")):
             return c
     close = difflib.get_close_matches(wanted, [c.name for c in chapters()], 1, 0.3)
-    raise LookupError(f"no chapter {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + f" Chapters: {', '.join(c.name for c in chapters())}")
+    raise LookupError(
+        f"no chapter {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + f" Chapters: {', '.join(c.name for c in chapters())}"
+    )
 
 
 def preset(c: Chapter, name: str) -> dict:
@@ -129,11 +145,21 @@ def check_parameters(given: dict, defaults: dict) -> None:
     for name, value in given.items():
         if name not in defaults:
             close = difflib.get_close_matches(name, defaults, 1)
-            raise ParameterError(f"unknown parameter {name!r}" + (f": did you mean {close[0]!r}?" if close else ".") + f" This notebook takes: {', '.join(defaults)}")
+            raise ParameterError(
+                f"unknown parameter {name!r}"
+                + (f": did you mean {close[0]!r}?" if close else ".")
+                + f" This notebook takes: {', '.join(defaults)}"
+            )
         default = defaults[name]
         wanted = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and value is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool))):
-            raise ParameterError(f"parameter {name}={value!r} is {type(value).__name__}; the default {default!r} is {type(default).__name__}")
+        if (
+            default is not None
+            and value is not None
+            and (not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)))
+        ):
+            raise ParameterError(
+                f"parameter {name}={value!r} is {type(value).__name__}; the default {default!r} is {type(default).__name__}"
+            )
 
 
 def cells(notebook: Path) -> list[tuple[int, set[str], str]]:
@@ -166,12 +192,13 @@ def start(name: str, namespace: dict, out: str | None = None) -> Path:
             except (ParameterError, SyntaxError):
                 continue
         given = _assigned(history[injected])
-        for key, value in given.items():                                  # papermill -p passes a list as text
+        for key, value in given.items():  # papermill -p passes a list as text
             if isinstance(value, str) and isinstance(known.get(key), list):
                 given[key] = namespace[key] = yaml.safe_load(value)
         check_parameters(given, known)
     if "ipykernel" in sys.modules:
         from . import plots
+
         plots.style()
     return Path(out) if out else results(name)
 
@@ -188,7 +215,7 @@ def measure(c: Chapter, parameters: dict) -> dict:
     namespace = {"__name__": "__main__"}
     for i, tags, source in chosen:
         name = f"<{c.name} cell {i}>"
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)      # so that the trial's source can be read
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # so that the trial's source can be read
         exec(compile(source, name, "exec"), namespace)
         if "parameters" in tags:
             namespace |= parameters

@@ -1,4 +1,5 @@
 """Is every number earned? Stale rows, numbers in the prose that no row stands behind, claims without a verdict."""
+
 from __future__ import annotations
 
 from . import PROTOCOL, chapters, claims, rows
@@ -13,9 +14,17 @@ def stale() -> list[str]:
             continue
         codes = {code[:16] for name in c.presets for code in chapters.plan(c, name).codes}
         for row in rows.read(folder):
-            why = f"protocol {row['protocol']} < {PROTOCOL}" if row["protocol"] < PROTOCOL else "the trial was edited since" if row["code"] not in codes else None
+            why = (
+                f"protocol {row['protocol']} < {PROTOCOL}"
+                if row["protocol"] < PROTOCOL
+                else "the trial was edited since"
+                if row["code"] not in codes
+                else None
+            )
             if why:
-                found.append(f"{c.name}/{row['file']}: row {row['key'][:12]} is stale ({why}); measure again: python -m frozenfilters run {c.number} --preset cpu")
+                found.append(
+                    f"{c.name}/{row['file']}: row {row['key'][:12]} is stale ({why}); measure again: python -m frozenfilters run {c.number} --preset cpu"
+                )
     return found
 
 
@@ -47,4 +56,10 @@ def without_verdict() -> list[str]:
 def everything() -> dict[str, list[str]]:
     """All findings by kind; empty lists where all is well."""
     from . import render
-    return {"stale rows": stale(), "failed rows": failed(), "numbers without a row": render.unearned(chapters.root()), "claims without a verdict": without_verdict()}
+
+    return {
+        "stale rows": stale(),
+        "failed rows": failed(),
+        "numbers without a row": render.unearned(chapters.root()),
+        "claims without a verdict": without_verdict(),
+    }

@@ -8,6 +8,7 @@ A rule compares two arms of a grid, paired by everything else that the rows shar
 A data set `holds`, `fails` (the interval lies entirely on the other side) or is `undecided`. All hold: reproduced; all fail: not
 reproduced; too few seeds, no rows, or nothing decided: not tested at this scale; otherwise: partly.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ def interval(values: Sequence[float], confidence: float = 0.95, method: str = "t
     Interval(mean=2.0, low=-0.484..., high=4.484..., n=3)
     """
     from scipy import stats
+
     x = np.asarray(values, float)
     x = x[np.isfinite(x)]
     if not len(x):
@@ -58,7 +60,9 @@ def interval(values: Sequence[float], confidence: float = 0.95, method: str = "t
     if np.ptp(x) == 0:
         return Interval(float(x[0]), float(x[0]), float(x[0]), len(x))
     if method == "bootstrap":
-        ci = stats.bootstrap((x,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+        ci = stats.bootstrap(
+            (x,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
     else:
         ci = stats.t.interval(confidence, len(x) - 1, x.mean(), stats.sem(x))
     return Interval(float(x.mean()), float(ci[0]), float(ci[1]), len(x))
@@ -77,7 +81,9 @@ def select(table: pd.DataFrame, **where) -> pd.DataFrame:
     return table
 
 
-def paired(table: pd.DataFrame, metric: str, a: dict, b: dict | None = None, *, pair: Sequence[str] = ("seed",), axis: str | None = None) -> pd.Series:
+def paired(
+    table: pd.DataFrame, metric: str, a: dict, b: dict | None = None, *, pair: Sequence[str] = ("seed",), axis: str | None = None
+) -> pd.Series:
     """metric(a) - metric(b) for each value of `pair`; with `axis`, its slope per doubling of that parameter.
 
     Diverged trainings have no metric and drop out with their pair.
@@ -87,23 +93,38 @@ def paired(table: pd.DataFrame, metric: str, a: dict, b: dict | None = None, *, 
     def arm(where: dict) -> pd.Series:
         chosen = select(table, **where)
         if chosen.duplicated(index).any() and not (axis and axis in where):
-            extra = [c for c in chosen if c in ("arm", "bank", "rate", "arch", "width", "lr") and c not in index and chosen[c].astype(str).nunique() > 1]
+            extra = [
+                c
+                for c in chosen
+                if c in ("arm", "bank", "rate", "arch", "width", "lr") and c not in index and chosen[c].astype(str).nunique() > 1
+            ]
             raise ValueError(f"arm {where} has several rows for one {index}; also fix {extra or 'more columns'}")
         return chosen.set_index(index)[metric].astype(float)
+
     value = arm(a)
     if b is not None:
         other = arm(b)
-        value = value - (other if other.index.names == value.index.names else value.index.to_frame().join(other.rename("b"), on=list(other.index.names))["b"])
+        value = value - (
+            other
+            if other.index.names == value.index.names
+            else value.index.to_frame().join(other.rename("b"), on=list(other.index.names))["b"]
+        )
     value = value.dropna()
     if axis is None:
         return value
     frame = value.rename("value").reset_index()
-    return frame.groupby(list(pair)).apply(lambda g: np.polyfit(np.log2(g[axis].astype(float)), g["value"], 1)[0] if g[axis].nunique() > 1 else np.nan,
-                                           include_groups=False).dropna()
+    return (
+        frame.groupby(list(pair))
+        .apply(
+            lambda g: np.polyfit(np.log2(g[axis].astype(float)), g["value"], 1)[0] if g[axis].nunique() > 1 else np.nan,
+            include_groups=False,
+        )
+        .dropna()
+    )
 
 
 def _decide(i: Interval, test: dict) -> str:
-    (kind, m), = test.items()
+    ((kind, m),) = test.items()
     if kind == "above":
         return "holds" if i.low > m else "fails" if i.high <= m else "undecided"
     if kind == "below":
@@ -127,7 +148,9 @@ def verdict(rule: dict | None, table: pd.DataFrame) -> tuple[str, str, dict[str,
         return VERDICTS[3], "no rows", {}
     chosen = select(table, **rule.get("where", {}))
     for name in rule.get("datasets") or list(dict.fromkeys(chosen[over])):
-        values = paired(chosen[chosen[over] == name], rule["metric"], rule["a"], rule.get("b"), pair=rule.get("pair", ["seed"]), axis=rule.get("axis"))
+        values = paired(
+            chosen[chosen[over] == name], rule["metric"], rule["a"], rule.get("b"), pair=rule.get("pair", ["seed"]), axis=rule.get("axis")
+        )
         if len(values) < rule.get("min_seeds", 3):
             decisions[name] = "untested"
             continue
@@ -173,11 +196,27 @@ def table(number: str | None = None, measured: pd.DataFrame | None = None) -> pd
         word, reason, found = verdict(e.get("rule"), known[chapter])
         rule = e.get("rule") or {}
         scale, unit = (100, " points") if rule.get("unit", "points") == "points" else (1, f" {rule['unit']}")
-        ours = "; ".join(f"{name}: {Interval(i.mean * scale, i.low * scale, i.high * scale, i.n):+.1f}{unit} (n={i.n})" for name, i in found.items())
-        lines.append({"id": str(e["id"]), "chapter": chapter, "system": e["system"], "claim": e["claim"], "paper": f"{e['paper']['text']} ({e['paper']['source']})",
-                      "measures": rule.get("measures", ""), "ours": ours or "–", "verdict": word, "reason": reason,
-                      "command": f"python -m frozenfilters run {chapter} --preset {rule.get('preset', 'cpu')}", "intervals": found})
-    return pd.DataFrame(lines, columns=["id", "chapter", "system", "claim", "paper", "measures", "ours", "verdict", "reason", "command", "intervals"])
+        ours = "; ".join(
+            f"{name}: {Interval(i.mean * scale, i.low * scale, i.high * scale, i.n):+.1f}{unit} (n={i.n})" for name, i in found.items()
+        )
+        lines.append(
+            {
+                "id": str(e["id"]),
+                "chapter": chapter,
+                "system": e["system"],
+                "claim": e["claim"],
+                "paper": f"{e['paper']['text']} ({e['paper']['source']})",
+                "measures": rule.get("measures", ""),
+                "ours": ours or "–",
+                "verdict": word,
+                "reason": reason,
+                "command": f"python -m frozenfilters run {chapter} --preset {rule.get('preset', 'cpu')}",
+                "intervals": found,
+            }
+        )
+    return pd.DataFrame(
+        lines, columns=["id", "chapter", "system", "claim", "paper", "measures", "ours", "verdict", "reason", "command", "intervals"]
+    )
 
 
 def shown_rows(number: str) -> pd.DataFrame:
@@ -196,5 +235,10 @@ def summary() -> dict[str, float]:
     for _, line in table().iterrows():
         scale = 100 if line.ours != "–" and "points" in line.ours else 1
         for name, i in line.intervals.items():
-            found |= {f"{line.id}.{name}.mean": i.mean * scale, f"{line.id}.{name}.low": i.low * scale, f"{line.id}.{name}.high": i.high * scale, f"{line.id}.{name}.n": i.n}
+            found |= {
+                f"{line.id}.{name}.mean": i.mean * scale,
+                f"{line.id}.{name}.low": i.low * scale,
+                f"{line.id}.{name}.high": i.high * scale,
+                f"{line.id}.{name}.n": i.n,
+            }
     return found

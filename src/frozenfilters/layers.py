@@ -14,6 +14,7 @@ The last equality is ours to use: the block *is* one convolution. `execution` sa
                  and weight decay, since these are linear: dP = G F^T, hence dW = G F^T F = G S. Cost independent of the rate.
     auto         sequential or composed, whichever `plan` says is cheaper at this batch and image size
 """
+
 from __future__ import annotations
 
 import math
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from . import filters, surgery
+from . import filters
 from .algebra import Compose, TimesGram, compose, plan, sample_gram
 
 EXECUTIONS = ("auto", "sequential", "composed", "gram")
@@ -59,10 +60,28 @@ class LCConv2d(nn.Module):
     ['mix.weight']
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], stride=1, padding=0, dilation=1,
-                 groups: int = 1, bias: bool = False, *, rate: float = 1, bank="random", frozen: bool = True, between: str | None = None,
-                 execution: str = "auto", depthwise: bool = False, shared: Tensor | None = None, generator: torch.Generator | None = None,
-                 device=None, dtype=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        rate: float = 1,
+        bank="random",
+        frozen: bool = True,
+        between: str | None = None,
+        execution: str = "auto",
+        depthwise: bool = False,
+        shared: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r} is not one of {EXECUTIONS}")
@@ -79,7 +98,9 @@ class LCConv2d(nn.Module):
         width = round(rate) * in_channels if depthwise else groups * max(1, round(rate * out_channels / groups))
         place = {"device": device, "dtype": dtype}
         if execution == "gram":
-            self._init_gram(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, width, bank, generator, shared, place)
+            self._init_gram(
+                in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, width, bank, generator, shared, place
+            )
             return
         self.spatial = nn.Conv2d(in_channels, width, kernel_size, stride, padding, dilation, self.bank_groups, bias=False, **place)
         self.mix = nn.Conv2d(width, out_channels, 1, groups=groups, bias=bias, **place)
@@ -98,10 +119,12 @@ class LCConv2d(nn.Module):
         w = self.spatial.weight
         if shared.shape[0] < w.shape[0] or shared.shape[1] < w.shape[1] or shared.shape[2:] != w.shape[2:]:
             raise ValueError(f"shared={tuple(shared.shape)} is smaller than this layer's bank {tuple(w.shape)}")
-        self.spatial.weight = nn.Parameter(shared.detach()[:w.shape[0], :w.shape[1]], requires_grad=False)
+        self.spatial.weight = nn.Parameter(shared.detach()[: w.shape[0], : w.shape[1]], requires_grad=False)
         self.scale = 1 / math.sqrt(w[0].numel())
 
-    def _init_gram(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, width, bank, generator, shared, place):
+    def _init_gram(
+        self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, width, bank, generator, shared, place
+    ):
         if not self.frozen:
             raise ValueError("execution='gram' keeps no bank, so frozen=False cannot be run; use execution='composed'")
         if groups != 1 or self.depthwise or shared is not None:
@@ -110,10 +133,16 @@ class LCConv2d(nn.Module):
         self.mix = self.spatial = self.norm = None
         self.conv, n = conv, conv.weight[0].numel()
         if width <= 4 * n or bank not in ("random", "uniform", "normal"):
-            bank_ = filters.draw_(conv.weight.new_empty(width, *conv.weight.shape[1:]), bank,
-                                  generator=generator or torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
-            P = filters.draw_(conv.weight.new_empty(out_channels, width, 1, 1), "random",
-                              generator=generator or torch.Generator().manual_seed(int(torch.randint(2**62, ()))))
+            bank_ = filters.draw_(
+                conv.weight.new_empty(width, *conv.weight.shape[1:]),
+                bank,
+                generator=generator or torch.Generator().manual_seed(int(torch.randint(2**62, ()))),
+            )
+            P = filters.draw_(
+                conv.weight.new_empty(out_channels, width, 1, 1),
+                "random",
+                generator=generator or torch.Generator().manual_seed(int(torch.randint(2**62, ()))),
+            )
             W, S = compose(P, bank_), bank_.flatten(1).T @ bank_.flatten(1)
         else:
             W, S = sample_gram(out_channels, width, conv.weight.shape[1:], generator, conv.weight)
@@ -152,7 +181,7 @@ class LCConv2d(nn.Module):
         P, F_ = self.mix.weight, self.spatial.weight
         now = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in (P, F_))
         cached = self._cache[1] if self._cache is not None and self._cache[0] == now else None
-        with torch.autocast(P.device.type, enabled=False):                 # composed in the parameters' own precision
+        with torch.autocast(P.device.type, enabled=False):  # composed in the parameters' own precision
             if self.scale != 1:
                 P = P * self.scale
             W = Compose.apply(P, F_, self.bank_groups, self.depthwise, cached)
@@ -179,11 +208,23 @@ class LCConv2d(nn.Module):
                     raise ValueError("between='bn' folds only in eval mode: in training the statistics are the batch's; call .eval() first")
                 s = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
                 W = compose(self.mix.weight, self.spatial.weight * s.view(-1, 1, 1, 1), self.bank_groups, self.depthwise)
-                shift = F.conv2d((self.norm.bias - self.norm.running_mean * s).view(1, -1, 1, 1), self.mix.weight, groups=self.mix.groups).flatten()
+                shift = F.conv2d(
+                    (self.norm.bias - self.norm.running_mean * s).view(1, -1, 1, 1), self.mix.weight, groups=self.mix.groups
+                ).flatten()
                 bias = shift if bias is None else bias + shift
         groups = 1 if self.execution == "gram" else self.mix.groups
-        conv = nn.Conv2d(W.shape[1] * groups, W.shape[0], W.shape[2:], source.stride, source.padding, source.dilation, groups, bias is not None,
-                         device=W.device, dtype=W.dtype)
+        conv = nn.Conv2d(
+            W.shape[1] * groups,
+            W.shape[0],
+            W.shape[2:],
+            source.stride,
+            source.padding,
+            source.dilation,
+            groups,
+            bias is not None,
+            device=W.device,
+            dtype=W.dtype,
+        )
         with torch.no_grad():
             conv.weight.copy_(W)
             if bias is not None:
@@ -199,8 +240,10 @@ class LCConv2d(nn.Module):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r} is not one of {EXECUTIONS}")
         if self.execution == "gram" and execution != "gram":
-            raise ValueError(f"with_execution({execution!r}): a 'gram' layer holds no mixing weights any more, there is no way back; keep the "
-                             "sequential or composed layer's state_dict and load that")
+            raise ValueError(
+                f"with_execution({execution!r}): a 'gram' layer holds no mixing weights any more, there is no way back; keep the "
+                "sequential or composed layer's state_dict and load that"
+            )
         if self.between is not None and execution not in ("auto", "sequential"):
             raise ValueError(f"with_execution({execution!r}): between={self.between!r} is not linear; only 'sequential' can run it")
         other = LCConv2d.__new__(LCConv2d)
@@ -224,14 +267,16 @@ class LCConv2d(nn.Module):
         return other
 
     def _load_from_state_dict(self, state, prefix, local, strict, missing, unexpected, errors):
-        if self.execution == "gram" and f"{prefix}mix.weight" in state:        # a sequential or composed layer's state
+        if self.execution == "gram" and f"{prefix}mix.weight" in state:  # a sequential or composed layer's state
             f, P = state.pop(f"{prefix}spatial.weight"), state.pop(f"{prefix}mix.weight")
             state[f"{prefix}conv.weight"], state[f"{prefix}gram"] = compose(P, f), f.flatten(1).T @ f.flatten(1)
             if f"{prefix}mix.bias" in state:
                 state[f"{prefix}conv.bias"] = state.pop(f"{prefix}mix.bias")
         elif self.execution != "gram" and f"{prefix}gram" in state:
-            errors.append(f"{prefix[:-1]}: this state dict was saved by execution='gram', which keeps no mixing weights: a layer with "
-                          f"execution={self.execution!r} cannot load it; build the layer with execution='gram'")
+            errors.append(
+                f"{prefix[:-1]}: this state dict was saved by execution='gram', which keeps no mixing weights: a layer with "
+                f"execution={self.execution!r} cannot load it; build the layer with execution='gram'"
+            )
         super()._load_from_state_dict(state, prefix, local, strict, missing, unexpected, errors)
 
     def __setstate__(self, state):
@@ -244,8 +289,19 @@ class LCConv2d(nn.Module):
         """An LC block with the interface of `conv`: same channels, stride, padding, dilation, groups, bias, device and dtype."""
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode={conv.padding_mode!r} is not supported: LCConv2d pads with zeros")
-        return cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-                   conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype, **options)
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, execution={self.execution!r}, between={self.between!r}, frozen={self.frozen}"
@@ -263,71 +319,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         return
     held = {id(layer.conv.weight) for layer in _GRAM_LAYERS}
     if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(f"execution='gram' is exact for SGD (momentum, Nesterov, weight decay) only, not for {type(optimizer).__name__}; "
-                         "use execution='composed', which is exact for every optimiser")
+        raise ValueError(
+            f"execution='gram' is exact for SGD (momentum, Nesterov, weight decay) only, not for {type(optimizer).__name__}; "
+            "use execution='composed', which is exact for every optimiser"
+        )
 
 
 register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: check_optimizer(optimizer))
-
-
-def lc(model: nn.Module, rate: float = 1, *, where=surgery.spatial, shared: bool = False, generator: torch.Generator | None = None, **options) -> list[str]:
-    """Replace every spatial convolution of `model` by an LC block, in place; returns the replaced names.
-
-    Args:
-        model: any network; its convolutions' interfaces stay as they are.
-        rate: the LC rate E.
-        where: rule (name, module) -> bool; see `surgery`.
-        shared: one frozen random tensor for all layers of a kernel size (the first version's weight sharing; slices are the
-            leading corners, which is our reading: the paper does not print the order).
-        generator: random numbers of all layers, in order.
-        **options: further arguments of `LCConv2d` (execution, between, bank, frozen, depthwise).
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
-    >>> lc(net, rate=2), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    (['0'], 164)
-    """
-    stores: dict[tuple, Tensor] = {}
-    if shared:
-        for name, m in model.named_modules():
-            if isinstance(m, nn.Conv2d) and where(name, m):
-                size = (m.groups * max(1, round(rate * m.out_channels / m.groups)), m.in_channels // m.groups)
-                old = stores.get(m.kernel_size, torch.empty(0, 0)).shape
-                stores[m.kernel_size] = torch.empty(max(size[0], old[0]), max(size[1], old[1]), *m.kernel_size, dtype=m.weight.dtype)
-        for store in stores.values():
-            store.uniform_(-1, 1, generator=generator)
-
-    def make(conv: nn.Conv2d) -> LCConv2d:
-        store = stores[conv.kernel_size].to(conv.weight.device) if shared else None
-        return LCConv2d.like(conv, rate=rate, shared=store, generator=generator, **options)
-    return surgery.swap(model, make, where=where)
-
-
-def lr_matched(model: nn.Module, rate: float, lr: float, weight_decay: float = 0.0, *, where=surgery.spatial) -> list[dict]:
-    """Make a plain network the control of a frozen LC network of this rate; returns the optimiser's parameter groups.
-
-    To its filters W an LC block does three things: the gradient is multiplied by S = F^T F, whose mean is c I with
-    c = rate * out_channels / (3 fan_in); and W starts sqrt(3) smaller. The control takes the mean of both, learning rate c lr
-    (weight decay divided by c, so that lr * decay stays) and W / sqrt(3), and leaves out the random rest of S. What still
-    differs between the two is what linear combinations add beyond a learning rate.
-
-    Args:
-        model: the plain network; its spatial filters are rescaled in place.
-        rate, lr, weight_decay: of the LC network to imitate.
-        where: the convolutions that `lc` would replace.
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 9, 3), nn.Conv2d(9, 4, 1))
-    >>> groups = lr_matched(net, rate=9, lr=0.1)
-    >>> [len(g["params"]) for g in groups], groups[0]["lr"]
-    ([1, 3], 0.1)
-    """
-    groups, matched = [], set()
-    for name, conv in model.named_modules():
-        if isinstance(conv, nn.Conv2d) and where(name, conv):
-            c = rate * conv.out_channels / (3 * conv.weight[0].numel())
-            with torch.no_grad():
-                conv.weight /= math.sqrt(3)
-            matched.add(id(conv.weight))
-            groups.append({"params": [conv.weight], "lr": lr * c, "weight_decay": weight_decay / c})
-    if not groups:
-        raise ValueError("lr_matched: the rule `where` matched no convolution")
-    return [*groups, {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in matched], "lr": lr, "weight_decay": weight_decay}]

@@ -3,6 +3,7 @@
 Networks take images in [0, 1] and own their normalisation (`models.normalized`), so an attack's budget is in pixels.
 FGSM: Goodfellow et al., arXiv 1412.6572. PGD: Madry et al., arXiv 1706.06083.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,7 +34,9 @@ def _device(model: nn.Module, device) -> torch.device:
     return torch.device(device) if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def accuracy(model: nn.Module, data, *, attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, batch_size: int = 512, device=None) -> float:
+def accuracy(
+    model: nn.Module, data, *, attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, batch_size: int = 512, device=None
+) -> float:
     """Share of all images classified right, in [0, 1]; with `attack`, of all images after it.
 
     Args:
@@ -64,8 +67,10 @@ def _pixels(x: Tensor, eps: float) -> None:
     if eps < 0:
         raise ValueError(f"eps={eps} must not be negative; it is the largest change of a pixel on the [0, 1] scale, for instance 1/255")
     if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"x lies in [{x.min().item():.3g}, {x.max().item():.3g}]: attacks need pixels in [0, 1]; put the normalisation into the model "
-                         "(models.normalized) and pass plain images")
+        raise ValueError(
+            f"x lies in [{x.min().item():.3g}, {x.max().item():.3g}]: attacks need pixels in [0, 1]; put the normalisation into the model "
+            "(models.normalized) and pass plain images"
+        )
 
 
 def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -88,7 +93,16 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
     return (x + eps * _gradient(model, x, y).sign()).clamp_(0, 1).detach()
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, steps: int = 10, step_size: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    steps: int = 10,
+    step_size: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """`steps` times FGSM with `step_size` (default 2.5 eps / steps), projected onto the eps-ball around x and [0, 1].
 
     With `generator` it starts at a uniformly random point of the ball, else at x.
@@ -123,6 +137,7 @@ def flops(model: nn.Module, x: Tensor, *, backward: bool = False) -> int:
     324
     """
     from torch.utils.flop_counter import FlopCounterMode
+
     modes = model.training
     with FlopCounterMode(display=False) as counter:
         output = model(x)
@@ -144,13 +159,21 @@ def saved_bytes(function: Callable[[], Tensor], exclude: nn.Module | None = None
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
         return t
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = function()
     del output
     return sum(seen.values())
 
 
-def step_ratio(steps: dict[str, Callable[[], object]], *, rounds: int = 7, warmup: int = 2, base: str | None = None, clock: Callable[[], float] | None = None):
+def step_ratio(
+    steps: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 7,
+    warmup: int = 2,
+    base: str | None = None,
+    clock: Callable[[], float] | None = None,
+):
     """Run the steps A, B, C, A, B, C, ... and compare each with `base` (the first) round by round.
 
     CPU time of this process by default (other tenants do not count; use one thread), so that only ratios of one process are
@@ -163,6 +186,7 @@ def step_ratio(steps: dict[str, Callable[[], object]], *, rounds: int = 7, warmu
     ['step', 'seconds', 'ratio', 'low', 'high', 'rounds']
     """
     import pandas as pd
+
     if not steps or rounds < 1:
         raise ValueError(f"steps={list(steps)}, rounds={rounds}: give at least one step and one round")
     base, clock = base or next(iter(steps)), clock or time.process_time
@@ -180,5 +204,14 @@ def step_ratio(steps: dict[str, Callable[[], object]], *, rounds: int = 7, warmu
     lines = []
     for name, mine in times.items():
         ratios = [a / b for a, b in zip(mine, times[base], strict=True)]
-        lines.append({"step": name, "seconds": statistics.median(mine), "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "rounds": rounds})
+        lines.append(
+            {
+                "step": name,
+                "seconds": statistics.median(mine),
+                "ratio": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "rounds": rounds,
+            }
+        )
     return pd.DataFrame(lines)

@@ -3,6 +3,7 @@
 CIFAR ResNet: He et al., arXiv 1512.03385, in the variant of the LC paper (arXiv 2301.11360): shortcuts across stages are
 learned 1 x 1 convolutions with BatchNorm. ConvMixer: Trockman & Kolter, arXiv 2201.09792.
 """
+
 from __future__ import annotations
 
 import copy
@@ -21,8 +22,11 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(in_channels, channels, stride=stride, **k), nn.BatchNorm2d(channels)
         self.conv2, self.bn2 = nn.Conv2d(channels, channels, **k), nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut = nn.Identity() if stride == 1 and in_channels == channels else nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1 and in_channels == channels
+            else nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -41,7 +45,9 @@ class CifarResNet(nn.Module):
         self.conv, self.bn = nn.Conv2d(in_channels, width, kernel_size, padding=kernel_size // 2, bias=False), nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         channels = [width] + [width * 2**stage for stage in range(3) for _ in range((depth - 2) // 6)]
-        self.blocks = nn.Sequential(*(BasicBlock(a, b, 2 if b != a else 1, kernel_size) for a, b in zip(channels, channels[1:], strict=False)))
+        self.blocks = nn.Sequential(
+            *(BasicBlock(a, b, 2 if b != a else 1, kernel_size) for a, b in zip(channels, channels[1:], strict=False))
+        )
         self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +69,9 @@ class _Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def convmixer(width: int = 128, depth: int = 4, kernel_size: int = 5, patch_size: int = 2, num_classes: int = 10, in_channels: int = 3) -> nn.Sequential:
+def convmixer(
+    width: int = 128, depth: int = 4, kernel_size: int = 5, patch_size: int = 2, num_classes: int = 10, in_channels: int = 3
+) -> nn.Sequential:
     """ConvMixer: patch embedding, then `depth` times a residual depthwise k x k convolution and a 1 x 1 convolution.
 
     Nearly all of its parameters are 1 x 1: the kind of network that the ExplainFix paper's claims are about.
@@ -71,12 +79,21 @@ def convmixer(width: int = 128, depth: int = 4, kernel_size: int = 5, patch_size
     >>> convmixer(width=8, depth=2)(torch.zeros(1, 3, 8, 8)).shape
     torch.Size([1, 10])
     """
+
     def block() -> list[nn.Module]:
         depthwise = nn.Conv2d(width, width, kernel_size, groups=width, padding="same")
         return [_Residual(depthwise, nn.GELU(), nn.BatchNorm2d(width)), nn.Conv2d(width, width, 1), nn.GELU(), nn.BatchNorm2d(width)]
+
     stem = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
-    return nn.Sequential(stem, nn.GELU(), nn.BatchNorm2d(width), *(layer for _ in range(depth) for layer in block()),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        stem,
+        nn.GELU(),
+        nn.BatchNorm2d(width),
+        *(layer for _ in range(depth) for layer in block()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, num_classes),
+    )
 
 
 class Normalize(nn.Module):
@@ -91,7 +108,9 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.mean.shape[1]:
-            raise ValueError(f"the input has {x.shape[1]} channels, the network was built for {self.mean.shape[1]}; pass in_channels={x.shape[1]} to the model")
+            raise ValueError(
+                f"the input has {x.shape[1]} channels, the network was built for {self.mean.shape[1]}; pass in_channels={x.shape[1]} to the model"
+            )
         return (x - self.mean) / self.std
 
 
@@ -121,9 +140,13 @@ def small_stem(model: nn.Module, pool: bool = False) -> nn.Module:
     """
     convs = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     if not convs or convs[0][1].stride == (1, 1):
-        raise ValueError(f"small_stem: {type(model).__name__} has no strided first convolution to replace; it is fit for small images already")
+        raise ValueError(
+            f"small_stem: {type(model).__name__} has no strided first convolution to replace; it is fit for small images already"
+        )
     name, old = convs[0]
-    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
+    new = nn.Conv2d(
+        old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+    )
     model.set_submodule(name, new)
     if not pool:
         order = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
@@ -149,6 +172,7 @@ def fold(model: nn.Module) -> nn.Module:
     from torch.fx.proxy import TraceError
 
     from .layers import LCConv2d
+
     model = copy.deepcopy(model).eval()
     for name, m in list(model.named_modules()):
         if isinstance(m, LCConv2d) and m.between not in ("relu", "bn_relu"):

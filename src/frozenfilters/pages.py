@@ -89,7 +89,7 @@ def _landing(out: Path) -> str:
 
 
 def facts(chapter, what) -> dict:
-    """Where the rows that a chapter's page shows come from: devices, days, hours, versions, commits; and how many rows the folder holds."""
+    """Where the rows that a chapter's page shows come from: devices, days, hours, versions, commits."""
     rows = study.load(what.results / chapter.name)
     used = rows[rows.key.isin(what.keys)] if len(rows) else rows
 
@@ -99,8 +99,8 @@ def facts(chapter, what) -> dict:
     days = sorted({time[:10] for time in values("stamp.time")})
     minutes = float(used.seconds.sum()) / 60 if len(used) else 0.0
     packages = [(name, values(f"stamp.{name}")) for name in ("python", "torch", "torchvision", "numpy", "frozenfilters")]
-    return {"rows": len(rows), "used": len(used), "stale": int((rows.protocol != PROTOCOL).sum()) if len(rows) else 0,
-            "where": ", ".join(values("stamp.device")) or "–", "when": " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "–",
+    return {"used": len(used), "where": ", ".join(values("stamp.device")) or "–",
+            "when": " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "–",
             "time": f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min", "dirty": "True" in values("stamp.dirty"),
             "commits": [commit[:10] for commit in values("stamp.commit")],
             "versions": ", ".join(f"{name} {' / '.join(found)}" for name, found in packages if found) or "–"}
@@ -121,7 +121,7 @@ def note(chapter, what) -> str:
         title, kind = "What this page shows", "note"
         text = f"The `{what.preset}` preset ({CHOICE[what.preset]}): {f['used']} trials measured on {f['where']}, {f['when']}."
     if parameters:
-        text += f" Parameters: {parameters}."
+        text += f" With {parameters}; other parameters as in the cell below."
     return f"```{{admonition}} {title}\n:class: {kind}\n{text}\n\nCost: {cost}. [How to read](../how_to_read.md) · [Provenance](../provenance.md)\n```"
 
 
@@ -130,11 +130,15 @@ def provenance(shown: dict) -> str:
     out = []
     for c in study.chapters():
         what = shown[c.name]
-        f, plans = facts(c, what), {preset: study.plan(c, preset, what.results) for preset in c.presets}
+        f, kept = facts(c, what), study.root() / "book" / "results"
+        plans = {preset: study.plan(c, preset, what.results if preset == what.preset else kept) for preset in c.presets}
+        rows = study.load(kept / c.name)
+        codes = {code[:16] for plan in plans.values() for code in plan.codes}
+        stale = rows[(rows.protocol != PROTOCOL) | ~rows.code.isin(codes)] if len(rows) else rows
         lines = [
             ("Preset shown", f"`{what.preset}`" + (", **run by the machine that built this book**: no larger preset is complete" if what.fallback else "")),
-            ("Rows", f"{f['rows']}, of which this page uses {f['used']}"),
-            ("Stale rows (older protocol)", f["stale"]),
+            ("Rows shown", f["used"]),
+            ("Rows kept", f"{len(rows)}, of which {len(stale)} stale"),
             ("Grid measured", " · ".join(f"`{preset}` {plan.present} of {plan.total}" for preset, plan in plans.items())),
             ("When", f["when"]), ("Where", f["where"]), ("How long", f["time"]), ("Versions", f["versions"]),
             ("Commit", (", ".join(f"`{commit}`" for commit in f["commits"]) or "not recorded") + (" (with uncommitted changes)" if f["dirty"] else ""))]

@@ -1,6 +1,7 @@
 """One style for every figure: a finding as title, units, intervals, colours that colour-blind readers tell apart, a footer that
 says where the numbers come from, and a text for those who cannot see it.
 """
+
 from __future__ import annotations
 
 import io
@@ -13,21 +14,42 @@ import pandas as pd
 from .claims import interval
 
 PALETTE = "colorblind"
-WIDTH = 5.4                 # inches: text of 11 points stays readable on a phone's 340 pixels
+WIDTH = 5.4  # inches: text of 11 points stays readable on a phone's 340 pixels
 
 
 def style() -> None:
     """Set the study's look for matplotlib and seaborn."""
     import seaborn as sns
-    sns.set_theme("paper", "whitegrid", PALETTE, font="DejaVu Sans", rc={
-        "figure.dpi": 110, "savefig.dpi": 200, "font.size": 11, "axes.titlesize": 11, "axes.labelsize": 11, "legend.fontsize": 10, "xtick.labelsize": 10,
-        "ytick.labelsize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "figure.constrained_layout.use": True, "svg.hashsalt": "frozenfilters"})
+
+    sns.set_theme(
+        "paper",
+        "whitegrid",
+        PALETTE,
+        font="DejaVu Sans",
+        rc={
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "font.size": 11,
+            "axes.titlesize": 11,
+            "axes.labelsize": 11,
+            "legend.fontsize": 10,
+            "xtick.labelsize": 10,
+            "ytick.labelsize": 10,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+            "svg.hashsalt": "frozenfilters",
+        },
+    )
 
 
 def panels(count: int, height: float = 2.7):
     """A figure of `count` panels under one another: one column reads well on every screen."""
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(count, 1, figsize=(WIDTH, height * count), squeeze=False)
     return figure, list(axes[:, 0])
 
@@ -42,9 +64,21 @@ def estimates(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFram
     return pd.DataFrame(lines)
 
 
-def dots(ax, table: pd.DataFrame, value: str, y: str, hue: str | None = None, *, order=None, hue_order=None, scale: float = 100, labels: dict | None = None) -> None:
+def dots(
+    ax,
+    table: pd.DataFrame,
+    value: str,
+    y: str,
+    hue: str | None = None,
+    *,
+    order=None,
+    hue_order=None,
+    scale: float = 100,
+    labels: dict | None = None,
+) -> None:
     """Every seed as a small dot, its mean and 95 % interval as a bar, one line of the axis per category."""
     import seaborn as sns
+
     order = list(order or dict.fromkeys(table[y]))
     hues = list(hue_order or dict.fromkeys(table[hue])) if hue else [None]
     colors, markers = sns.color_palette(PALETTE, len(hues)), "osD^v"
@@ -58,7 +92,16 @@ def dots(ax, table: pd.DataFrame, value: str, y: str, hue: str | None = None, *,
             e = interval(x)
             ax.scatter(x, np.full(len(x), i + shift), s=9, color=colors[j], alpha=0.45, linewidth=0)
             half = [[0], [0]] if e.n < 2 else [[e.mean - e.low], [e.high - e.mean]]
-            ax.errorbar(e.mean, i + shift, xerr=half, fmt=markers[j % 5], color=colors[j], ms=5.5, capsize=3, label=(labels or {}).get(h, h) if i == 0 else None)
+            ax.errorbar(
+                e.mean,
+                i + shift,
+                xerr=half,
+                fmt=markers[j % 5],
+                color=colors[j],
+                ms=5.5,
+                capsize=3,
+                label=(labels or {}).get(h, h) if i == 0 else None,
+            )
     ax.set_yticks(range(len(order)), [(labels or {}).get(n, n) for n in order])
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
@@ -66,9 +109,12 @@ def dots(ax, table: pd.DataFrame, value: str, y: str, hue: str | None = None, *,
     ax.set_xlim(low - 0.12 * (high - low) - 0.1, high + 0.12 * (high - low) + 0.1)
 
 
-def curves(ax, table: pd.DataFrame, value: str, x: str, hue: str, *, order=None, scale: float = 100, labels: dict | None = None, log2: bool = True) -> None:
+def curves(
+    ax, table: pd.DataFrame, value: str, x: str, hue: str, *, order=None, scale: float = 100, labels: dict | None = None, log2: bool = True
+) -> None:
     """Mean over seeds against `x` with its 95 % interval as a band, one line style per `hue`."""
     import seaborn as sns
+
     e = estimates(table, value, [hue, x])
     order = list(order or dict.fromkeys(e[hue]))
     for h, color, marker, dash in zip(order, sns.color_palette(PALETTE, len(order)), "osD^v", ("-", "--", "-.", ":", "-"), strict=False):
@@ -80,17 +126,23 @@ def curves(ax, table: pd.DataFrame, value: str, x: str, hue: str, *, order=None,
         ticks = sorted(e[x].unique())
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    low, high = np.nanmin(table[value]) * scale, np.nanmax(table[value]) * scale
+    ax.set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.15 * (high - low) + 0.1)  # bands of two seeds may be wider than the scale
     ax.margins(x=0.04)
 
 
 def footer(table: pd.DataFrame, chapter: str, data_notes: dict[str, str] | None = None) -> str:
     """What a reader must know of the numbers above: data and its caveats, scale, seeds, device, notebook and rows."""
+
     def listed(column: str) -> str:
         values = [v for v in dict.fromkeys(table[column]) if v is not None] if column in table else []
         return ", ".join(str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values)
+
     notes = data_notes if data_notes is not None else _notes(table)
     sets = ", ".join(f"{name} ({note})" if note else name for name, note in notes.items())
-    scale = ", ".join(f"{label} {listed(c)}" for c, label in (("n_train", "training images"), ("epochs", "epochs"), ("width", "width")) if listed(c))
+    scale = ", ".join(
+        f"{label} {listed(c)}" for c, label in (("n_train", "training images"), ("epochs", "epochs"), ("width", "width")) if listed(c)
+    )
     seeds = table["seed"].nunique() if "seed" in table else 1
     device = ", ".join(dict.fromkeys(table["stamp.device"])) if "stamp.device" in table else "unknown device"
     return f"Data: {sets}. Scale: {scale}. {seeds} seeds, {len(table)} rows, {device}. Notebook notebooks/{chapter}.ipynb, rows book/results/{chapter}/."
@@ -99,7 +151,11 @@ def footer(table: pd.DataFrame, chapter: str, data_notes: dict[str, str] | None 
 def _notes(table: pd.DataFrame) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in dict.fromkeys(table["dataset"]) if "dataset" in table else []:
-        used = next((d.get(name) for d in table.loc[table["dataset"] == name, "stamp.data"] if isinstance(d, dict) and d.get(name)), {}) if "stamp.data" in table else {}
+        used = (
+            next((d.get(name) for d in table.loc[table["dataset"] == name, "stamp.data"] if isinstance(d, dict) and d.get(name)), {})
+            if "stamp.data" in table
+            else {}
+        )
         note = used.get("note", "")
         found[name] = "; ".join(t for t in (note, "self-packed" if used.get("source") == "self-packed" else "") if t)
     return found
@@ -122,6 +178,7 @@ def show(figure, title: str, alt: str, foot: str = "", path: str | Path | None =
 
     import matplotlib.pyplot as plt
     from IPython.display import Image
+
     if not title.strip() or not alt.strip():
         raise ValueError("show: a figure needs its finding as title and a text (alt) for readers who cannot see it")
     width = figure.get_figwidth()
@@ -142,7 +199,7 @@ def filter_sheet(ax, bank, columns: int = 9, title: str = "") -> None:
     k = kernels.shape[-1]
     sheet = np.full((k, columns * (k + 1) - 1), np.nan)
     for i, kernel in enumerate(kernels):
-        sheet[:, i * (k + 1):i * (k + 1) + k] = kernel / (np.abs(kernel).max() or 1)
+        sheet[:, i * (k + 1) : i * (k + 1) + k] = kernel / (np.abs(kernel).max() or 1)
     ax.imshow(sheet, cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(title, fontsize=10, fontweight="normal")
@@ -151,8 +208,10 @@ def filter_sheet(ax, bank, columns: int = 9, title: str = "") -> None:
 def claim_table(claims: pd.DataFrame):
     """The chapter's claims as a plain table: claim, what the paper said, what we measured, verdict."""
     from IPython.display import HTML
-    shown = claims[["id", "claim", "paper", "measures", "ours", "verdict", "reason"]].rename(columns={
-        "paper": "paper said", "measures": "estimator", "ours": "we measured (95 % interval)", "reason": "per data set"})
+
+    shown = claims[["id", "claim", "paper", "measures", "ours", "verdict", "reason"]].rename(
+        columns={"paper": "paper said", "measures": "estimator", "ours": "we measured (95 % interval)", "reason": "per data set"}
+    )
     return HTML(shown.to_html(index=False, border=0, classes="dataframe claims"))
 
 
@@ -165,6 +224,7 @@ def landing(path: Path) -> str | None:
     import torch
 
     from . import chapters, claims, filters, rows
+
     c = chapters.chapter("01")
     shown = claims.shown_rows("01")
     if not len(shown):
@@ -175,15 +235,32 @@ def landing(path: Path) -> str | None:
     figure, axes = plt.subplots(len(banks), 1, figsize=(WIDTH, 3.9))
     words = []
     for ax, bank in zip(axes, banks, strict=True):
-        kernels = rows.arrays(portrait)["kernels"] if bank == "learned" else filters.draw_(torch.empty(9, 9, 5, 5), bank, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
+        kernels = (
+            rows.arrays(portrait)["kernels"]
+            if bank == "learned"
+            else filters.draw_(torch.empty(9, 9, 5, 5), bank, generator=torch.Generator().manual_seed(1)).flatten(0, 1)
+        )
         part = table[table.bank == bank]
         worth = ", ".join(f"{LABELS.get(a, a)} {100 * part[part.arch == a].accuracy.mean():.1f} %" for a in archs)
         words.append(f"{LABELS.get(bank, bank)}: {worth}")
         filter_sheet(ax, kernels, title=words[-1])
     alt = f"Nine filters of each kind and the mean accuracy of networks that use them. {'; '.join(words)}."
-    image = show(figure, "Four kinds of spatial filters, and the accuracy of networks that use them", alt,
-                 "Mean over data sets and seeds. " + footer(table, c.name) + " Learned filters: first layer of one network; the others never learned.", path)
+    image = show(
+        figure,
+        "Four kinds of spatial filters, and the accuracy of networks that use them",
+        alt,
+        "Mean over data sets and seeds. "
+        + footer(table, c.name)
+        + " Learned filters: first layer of one network; the others never learned.",
+        path,
+    )
     return image.alt
 
 
-LABELS = {"resnet20": "ResNet-20", "convmixer": "ConvMixer", "random": "frozen, random", "dct": "frozen, cosine atoms", "ghaar": "frozen, steered"}
+LABELS = {
+    "resnet20": "ResNet-20",
+    "convmixer": "ConvMixer",
+    "random": "frozen, random",
+    "dct": "frozen, cosine atoms",
+    "ghaar": "frozen, steered",
+}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -142,9 +143,9 @@ def _sphinx(root: Path) -> Path:
     for old in ("html", ".doctrees", "jupyter_execute"):                # a fresh build takes seconds and leaves nothing of a former one
         shutil.rmtree(build / old, ignore_errors=True)
     done = subprocess.run([sys.executable, "-c", JUPYTER_BOOK, "build", str(source), "-W", "-n", "--keep-going", "-q"], text=True, capture_output=True,
-                          env={**os.environ, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"})
+                          env={**os.environ, "PYTHONWARNINGS": "ignore"})
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        lines = [line for line in re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr).splitlines() if line.strip()]
         slips = [line for line in lines if "WARNING" in line or "ERROR" in line]
         raise BookError("the pages did not build without warnings:\n" + "\n".join(slips or lines[-40:]))
     _stamp(build / "html", now)

@@ -5,22 +5,16 @@ notebook it refers to, and of every argument it was called with, defaults bound.
 unchanged one is never repeated. Rows are appended to a file of the run's own, a line at a time: any number of processes and
 machines may write at once, and merging is copying files. `frozenfilters.study` is the public door to this module.
 """
+
 from __future__ import annotations
 
-import ast
-import builtins
-import dis
-import hashlib
-import inspect
 import itertools
 import json
 import math
 import numbers
 import os
 import sys
-import textwrap
 import time
-import types
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -31,12 +25,12 @@ import numpy as np
 import pandas as pd
 
 from . import PROTOCOL
+from .keys import bind, code_of, key_of, plain
 from .stamp import stamp
 
 SCHEMA = 1
-NOT_IN_KEY = ("device", "threads", "workers", "progress")        # how it was run, not what was measured
-ARRAY_LIMIT = 200_000                                            # bytes of one row's arrays
-DONE = ("ok", "diverged")                                        # a diverged training is a result; an error is tried again
+ARRAY_LIMIT = 200_000  # bytes of one row's arrays
+DONE = ("ok", "diverged")  # a diverged training is a result; an error is tried again
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, FileNotFoundError)
 PLAN: ContextVar[list | None] = ContextVar("PLAN", default=None)  # set by `chapters.plan`: run() only lists its points
 
@@ -58,107 +52,6 @@ def grid(**axes) -> list[dict]:
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*values)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- keys
-def _canonical(node):
-    """A syntax tree as nested lists, the same for every Python version, layout, comment and docstring."""
-    if isinstance(node, ast.AST):
-        fields = []
-        for name, value in ast.iter_fields(node):
-            if name in ("type_comment", "type_params", "kind", "ctx") or value is None or value == []:
-                continue
-            if name == "body" and isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node, clean=False) is not None:
-                value = value[1:]
-            fields.append([name, _canonical(value)])
-        return [type(node).__name__, fields]
-    return [_canonical(v) for v in node] if isinstance(node, list) else repr(node)
-
-
-def code_of(function: Callable) -> str:
-    """The hash of a trial's code: its own syntax tree and, with it, everything of its notebook that it refers to.
-
-    Functions, classes and plain constants of the notebook are followed; modules and what is imported from packages are not
-    (the package's own numerics are versioned by `PROTOCOL`).
-
-    Raises:
-        ValueError: if the source is not to be had, or the trial leans on an object that cannot be hashed.
-    """
-    seen: dict[str, object] = {}
-
-    def visit(name: str, obj: object) -> None:
-        if name in seen:
-            return
-        if isinstance(obj, types.ModuleType) or (callable(obj) and getattr(obj, "__module__", None) != function.__module__):
-            return
-        if callable(obj):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(obj)))
-            except (OSError, TypeError) as e:
-                raise ValueError(f"trial: the source of {name!r} cannot be read ({e}); define it in a notebook cell or a file") from e
-            seen[name] = _canonical(tree.body)
-            for other, value in sorted(_referred(obj).items()):
-                visit(other, value)
-        else:
-            try:
-                seen[name] = json.dumps(_plain(obj), sort_keys=True)
-            except TypeError as e:
-                raise ValueError(f"trial refers to {name!r}, a {type(obj).__name__} of the notebook that no key can stand for; pass what it needs as an "
-                                 "argument (a number, a string, a list) or build it inside the trial") from e
-    visit(function.__name__, function)
-    return hashlib.sha256(json.dumps(sorted(seen.items()), sort_keys=True).encode()).hexdigest()
-
-
-def _referred(obj: Callable) -> dict[str, object]:
-    """The global and enclosing variables that a function (or a class's methods) really reads; its own locals are not among them."""
-    functions = [obj] if inspect.isfunction(obj) else [f for f in vars(obj).values() if inspect.isfunction(f)] if inspect.isclass(obj) else []
-    found = {}
-    for function in functions:
-        codes = [function.__code__]
-        while codes:
-            code = codes.pop()
-            codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-            for step in dis.get_instructions(code):
-                if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in function.__globals__ and not hasattr(builtins, step.argval):
-                    found[step.argval] = function.__globals__[step.argval]
-        found |= {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)}
-    return found
-
-
-def bind(trial: Callable, point: dict) -> dict:
-    """Every argument of the trial at this point, defaults bound.
-
-    Raises:
-        TypeError: for an argument that the trial does not take, or one that is missing.
-    """
-    try:
-        call = inspect.signature(trial).bind(**point)
-    except TypeError as e:
-        raise TypeError(f"the grid does not fit the trial: {e}; {trial.__name__}{inspect.signature(trial)} was given {sorted(point)}") from None
-    call.apply_defaults()
-    return dict(call.arguments)
-
-
-def key_of(code: str, arguments: dict) -> str:
-    """SHA-256 of the trial's code hash and the canonical JSON of its arguments, without device, threads and the like."""
-    arguments = {k: _plain(v) for k, v in arguments.items() if k not in NOT_IN_KEY}
-    return hashlib.sha256(f"{code}\n{json.dumps(arguments, sort_keys=True, allow_nan=False)}".encode()).hexdigest()
-
-
-def _plain(value):
-    """JSON's own types: NumPy scalars become numbers, tuples and ranges lists, 1.0 stays a float."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, (np.bool_, np.integer, np.floating)):
-        return value.item()
-    if isinstance(value, float):
-        return value
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, range)):
-        return [_plain(v) for v in value]
-    raise TypeError(f"{type(value).__name__} is not a plain value")
-
-
-# ---------------------------------------------------------------------------------------------------------------- rows
 def read(folder: str | Path) -> list[dict]:
     """All rows under a results folder, in the order of time. A torn last line (a killed writer's) is skipped with a warning."""
     rows = []
@@ -174,7 +67,9 @@ def read(folder: str | Path) -> list[dict]:
                 warnings.warn(f"{path.name} line {number} is torn or not a row: skipped; its trial will be measured again", stacklevel=2)
                 continue
             if row.get("schema", 0) > SCHEMA or not row.get("schema"):
-                raise ResultsError(f"{path} line {number} has schema {row.get('schema')!r}; this version reads up to {SCHEMA}: update the package, or move the file away")
+                raise ResultsError(
+                    f"{path} line {number} has schema {row.get('schema')!r}; this version reads up to {SCHEMA}: update the package, or move the file away"
+                )
             rows.append(row | {"file": path.name, "folder": str(path.parent)})
     return sorted(rows, key=lambda r: (r["stamp"].get("time", ""), r["file"]))
 
@@ -191,8 +86,16 @@ def load(folder: str | Path, keys: Iterable[str] | None = None) -> pd.DataFrame:
         if old is None or _rank(row) > _rank(old):
             best[row["key"]] = row
     chosen = best.values() if keys is None else [best[k] for k in dict.fromkeys(keys) if k in best]
-    flat = [{**r["params"], **r["metrics"], **{k: r.get(k) for k in ("status", "error", "seconds", "key", "code", "protocol", "trial", "file", "folder")},
-             "arrays": bool(r.get("arrays")), **{f"stamp.{k}": v for k, v in r["stamp"].items()}} for r in chosen]
+    flat = [
+        {
+            **r["params"],
+            **r["metrics"],
+            **{k: r.get(k) for k in ("status", "error", "seconds", "key", "code", "protocol", "trial", "file", "folder")},
+            "arrays": bool(r.get("arrays")),
+            **{f"stamp.{k}": v for k, v in r["stamp"].items()},
+        }
+        for r in chosen
+    ]
     return pd.DataFrame(flat)
 
 
@@ -208,7 +111,9 @@ def arrays(row) -> dict[str, np.ndarray]:
     """
     path = Path(row["folder"]) / f"{row['key']}.npz"
     if not path.exists():
-        raise ResultsError(f"row {row['key'][:12]} has no arrays: {path} does not exist; copy the .npz files together with the .jsonl files")
+        raise ResultsError(
+            f"row {row['key'][:12]} has no arrays: {path} does not exist; copy the .npz files together with the .jsonl files"
+        )
     with np.load(path) as z:
         return dict(z)
 
@@ -231,15 +136,27 @@ def _split_metrics(result: dict, trial: str) -> tuple[dict, dict]:
             raise TypeError(f"{trial} returned {name}={type(value).__name__}; only numbers, short strings and arrays can be kept")
     size = sum(a.nbytes for a in small.values())
     if size > ARRAY_LIMIT:
-        raise ValueError(f"{trial} returned arrays of {size} bytes ({', '.join(small)}); at most {ARRAY_LIMIT} are kept for a row: return a summary")
+        raise ValueError(
+            f"{trial} returned arrays of {size} bytes ({', '.join(small)}); at most {ARRAY_LIMIT} are kept for a row: return a summary"
+        )
     return metrics, small
 
 
 def _measure(trial: Callable, arguments: dict, key: str, code: str, chapter: str, folder: Path) -> tuple[dict, Exception | None]:
     """One trial, one row, and what went wrong if anything did."""
     from . import data
-    row = {"schema": SCHEMA, "key": key, "chapter": chapter, "trial": trial.__name__, "code": code[:16], "protocol": PROTOCOL,
-           "params": {k: _plain(v) for k, v in arguments.items()}, "status": "ok", "metrics": {}}
+
+    row = {
+        "schema": SCHEMA,
+        "key": key,
+        "chapter": chapter,
+        "trial": trial.__name__,
+        "code": code[:16],
+        "protocol": PROTOCOL,
+        "params": {k: plain(v) for k, v in arguments.items()},
+        "status": "ok",
+        "metrics": {},
+    }
     start, used, problem = time.perf_counter(), {}, None
     token = data.LEDGER.set(used)
     try:
@@ -249,9 +166,9 @@ def _measure(trial: Callable, arguments: dict, key: str, code: str, chapter: str
             np.savez_compressed(temporary, **small)
             os.replace(temporary, folder / f"{key}.npz")
             row["arrays"] = sorted(small)
-    except ArithmeticError as e:                       # train.DivergedError: the loss left the numbers; that is a result
+    except ArithmeticError as e:  # train.DivergedError: the loss left the numbers; that is a result
         row |= {"status": "diverged", "error": str(e)}
-    except Exception as e:                             # noqa: BLE001  whatever it was, it is recorded
+    except Exception as e:  # noqa: BLE001  whatever it was, it is recorded
         row |= {"status": "failed", "error": f"{type(e).__name__}: {e}"[:2000]}
         problem = e
     finally:
@@ -274,8 +191,10 @@ class Shard:
                 f.write(line)
                 os.fsync(f.fileno())
         except OSError as e:
-            raise ResultsError(f"cannot write {self.path}: {e.strerror}; rows measured so far are safe. Free the disk or choose another folder "
-                               "with out=... or FROZENFILTERS_RESULTS, and run again: it resumes") from e
+            raise ResultsError(
+                f"cannot write {self.path}: {e.strerror}; rows measured so far are safe. Free the disk or choose another folder "
+                "with out=... or FROZENFILTERS_RESULTS, and run again: it resumes"
+            ) from e
 
 
 def _seconds(budget) -> float:
@@ -299,8 +218,16 @@ def _part(shard: str | None, total: int) -> Sequence[int]:
     return range(i - 1, total, n)
 
 
-def run(trial: Callable, points: list[dict], out: str | Path, *, budget: str | float | None = None, shard: str | None = None,
-        workers: int | None = None, progress: bool | None = None) -> pd.DataFrame:
+def run(
+    trial: Callable,
+    points: list[dict],
+    out: str | Path,
+    *,
+    budget: str | float | None = None,
+    shard: str | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
     """Measure every point of the grid that has no row yet, and return the table of all points that have one.
 
     Args:
@@ -322,7 +249,15 @@ def run(trial: Callable, points: list[dict], out: str | Path, *, budget: str | f
     keys = [key_of(code, b) for b in bound]
     done = _done(folder)
     if (planned := PLAN.get()) is not None:
-        planned.append({"trial": trial.__name__, "code": code, "folder": folder, "keys": list(dict.fromkeys(keys)), "present": sum(k in done for k in dict.fromkeys(keys))})
+        planned.append(
+            {
+                "trial": trial.__name__,
+                "code": code,
+                "folder": folder,
+                "keys": list(dict.fromkeys(keys)),
+                "present": sum(k in done for k in dict.fromkeys(keys)),
+            }
+        )
         return load(folder, keys)
     todo = [i for i in dict.fromkeys(keys.index(keys[j]) for j in _part(shard, len(keys))) if keys[i] not in done]
     if todo:
@@ -344,30 +279,35 @@ def _done(folder: Path) -> set[str]:
 def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progress) -> None:
     from joblib import Parallel, delayed, parallel_config
     from tqdm.auto import tqdm
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".{uuid.uuid4().hex}.probe"
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise ResultsError(f"cannot write to the results folder {folder}: {e.strerror}; {len(todo)} trials are not measured yet. Make it writable, or choose "
-                           "another with the parameter out=... or the variable FROZENFILTERS_RESULTS") from e
+        raise ResultsError(
+            f"cannot write to the results folder {folder}: {e.strerror}; {len(todo)} trials are not measured yet. Make it writable, or choose "
+            "another with the parameter out=... or the variable FROZENFILTERS_RESULTS"
+        ) from e
     shard, start, spent, good = Shard(folder), time.monotonic(), [], []
     workers = workers or int(os.environ.get("FROZENFILTERS_WORKERS", "1"))
     terminal = sys.stderr.isatty() and "ipykernel" not in sys.modules
-    bar = tqdm(total=len(todo), desc=folder.name, unit="trial", disable=not (terminal if progress is None else progress), dynamic_ncols=True)
+    bar = tqdm(
+        total=len(todo), desc=folder.name, unit="trial", disable=not (terminal if progress is None else progress), dynamic_ncols=True
+    )
 
     def waiting():
         for i in todo:
             left = budget - (time.monotonic() - start)
             if left <= 0 or (spent and left < float(np.median(spent))):
                 return
-            if keys[i] not in _done(folder):           # another process may have measured it meanwhile
+            if keys[i] not in _done(folder):  # another process may have measured it meanwhile
                 yield i
 
     def keep(row: dict, problem: Exception | None) -> None:
         if isinstance(problem, MISTAKES) and not good:
-            raise problem                              # a wrong name or a missing data set: said at once, before anything was measured
+            raise problem  # a wrong name or a missing data set: said at once, before anything was measured
         good.append(row["status"] in DONE)
         shard.append(row)
         spent.append(row["seconds"])
@@ -375,7 +315,11 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
         if bar.disable and "ipykernel" not in sys.modules:
             rate = (time.monotonic() - start) / len(spent)
             shown = {k: v for k, v in row["params"].items() if k in ("dataset", "arm", "bank", "rate", "seed", "arch")}
-            print(f"[{len(spent)}/{len(todo)}] {shown} {row['status']} in {row['seconds']:.1f} s, about {rate * (len(todo) - len(spent)):.0f} s left", flush=True)
+            print(
+                f"[{len(spent)}/{len(todo)}] {shown} {row['status']} in {row['seconds']:.1f} s, about {rate * (len(todo) - len(spent)):.0f} s left",
+                flush=True,
+            )
+
     try:
         if workers == 1:
             for i in waiting():

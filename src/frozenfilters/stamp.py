@@ -1,4 +1,5 @@
 """Where a number comes from: device, versions, commit, data sets, time."""
+
 from __future__ import annotations
 
 import platform
@@ -19,6 +20,7 @@ def device_name(device: str | None = None) -> str:
     True
     """
     import torch
+
     if device is not None and str(device).startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
@@ -47,10 +49,16 @@ def commit(folder: str | None = None) -> tuple[str | None, bool | None]:
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", where, *words], check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
         top = git("rev-parse", "--show-toplevel")
-        dirty = subprocess.run(["git", "-C", top, "status", "--porcelain", "--untracked-files=all", "--", "src", "notebooks"],
-                               check=True, capture_output=True, text=True, timeout=10).stdout
+        dirty = subprocess.run(
+            ["git", "-C", top, "status", "--porcelain", "--untracked-files=all", "--", "src", "notebooks"],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout
         return git("rev-parse", "HEAD"), bool(dirty.strip())
     except (OSError, subprocess.SubprocessError):
         return None, None
@@ -65,6 +73,15 @@ def stamp(device: str | None = None, data: dict | None = None) -> dict:
     import os
 
     import torch
+
     head, dirty = commit()
-    return {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "device": device_name(str(device) if device else None), "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(), **versions(), "commit": head, "dirty": dirty, "data": data or {}}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "device": device_name(str(device) if device else None),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        **versions(),
+        "commit": head,
+        "dirty": dirty,
+        "data": data or {},
+    }

@@ -3,6 +3,7 @@
 The data set lies on the device, losses stay there until the epoch ends (one synchronisation an epoch), images are channels_last,
 frozen weights never reach the optimiser. Everything random comes from `seed`; torch's global generator is left as it was found.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -40,11 +41,11 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     epochs: int
-    steps: int                                  # in the whole training
+    steps: int  # in the whole training
     epoch: int = 0
     step: int = 0
-    loss: Tensor | None = None                  # of the current batch, on the device
-    stop: bool = False                          # a callback may end the training after this epoch
+    loss: Tensor | None = None  # of the current batch, on the device
+    stop: bool = False  # a callback may end the training after this epoch
     history: History = field(default_factory=lambda: History())
 
 
@@ -55,6 +56,7 @@ class History(list):
     def frame(self):
         """The epochs as a DataFrame."""
         import pandas as pd
+
         return pd.DataFrame(self)
 
 
@@ -67,7 +69,11 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "constant": lambda progress: 1.0, "linear": lambda progress: 1 - progress}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+}
 
 
 def resolve_precision(precision: str, model: nn.Module, device: torch.device) -> torch.dtype | None:
@@ -102,12 +108,33 @@ def _deterministic(on: bool):
         torch.backends.cudnn.benchmark = before[1]
 
 
-def fit(model: nn.Module, train, val=None, *, epochs: int = 10, lr: float = 0.01, batch_size: int = 256, momentum: float = 0.9, nesterov: bool = True,
-        weight_decay: float = 0.0, schedule: str | Callable[[float], float] = "cosine", warmup: float = 0.0, label_smoothing: float = 0.0,
-        optimizer: Callable[..., torch.optim.Optimizer] | None = None, params: Iterable[dict] | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None, crop: int = 0, flip: bool = False, ema: float | None = None, seed: int = 0,
-        device: str | torch.device | None = None, precision: str = "float32", deterministic: bool = False, callbacks: Sequence[Callback] = (),
-        progress: bool = False) -> History:
+def fit(
+    model: nn.Module,
+    train,
+    val=None,
+    *,
+    epochs: int = 10,
+    lr: float = 0.01,
+    batch_size: int = 256,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+    schedule: str | Callable[[float], float] = "cosine",
+    warmup: float = 0.0,
+    label_smoothing: float = 0.0,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    params: Iterable[dict] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    crop: int = 0,
+    flip: bool = False,
+    ema: float | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+    deterministic: bool = False,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = False,
+) -> History:
     """Train `model` in place and return its history.
 
     Args:
@@ -148,7 +175,13 @@ def fit(model: nn.Module, train, val=None, *, epochs: int = 10, lr: float = 0.01
     if factor is None:
         raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}; pass one of them or a function of the share done")
     generator = torch.Generator().manual_seed(seed)
-    loader = as_batches(train, batch_size, shuffle=True, generator=generator, **({"crop": crop, "flip": flip, "device": device} if hasattr(train, "images") else {}))
+    loader = as_batches(
+        train,
+        batch_size,
+        shuffle=True,
+        generator=generator,
+        **({"crop": crop, "flip": flip, "device": device} if hasattr(train, "images") else {}),
+    )
     model.to(device, memory_format=torch.channels_last)
     groups = list(params) if params is not None else [{"params": learned}]
     if optimizer is None:
@@ -157,7 +190,11 @@ def fit(model: nn.Module, train, val=None, *, epochs: int = 10, lr: float = 0.01
         opt = optimizer(groups, lr=lr)
     base = [group["lr"] for group in opt.param_groups]
     criterion = loss or (lambda output, target: F.cross_entropy(output, target, label_smoothing=label_smoothing))
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema), use_buffers=False) if ema else None
+    average = (
+        torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema), use_buffers=False)
+        if ema
+        else None
+    )
     half = resolve_precision(precision, model, device)
     state = State(model, opt, epochs, epochs * len(loader))
 
@@ -167,8 +204,13 @@ def fit(model: nn.Module, train, val=None, *, epochs: int = 10, lr: float = 0.01
                 getattr(callback, hook)(state)
 
     from tqdm.auto import tqdm
+
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _deterministic(deterministic), tqdm(total=state.steps, disable=not progress, unit="step", leave=False) as bar:
+    with (
+        torch.random.fork_rng(devices),
+        _deterministic(deterministic),
+        tqdm(total=state.steps, disable=not progress, unit="step", leave=False) as bar,
+    ):
         torch.manual_seed(seed)
         tell("on_train_begin")
         for state.epoch in range(1, epochs + 1):
@@ -192,10 +234,14 @@ def fit(model: nn.Module, train, val=None, *, epochs: int = 10, lr: float = 0.01
                 seen += len(y)
                 tell("on_step_end")
                 bar.update()
-            mean = (total / seen).item()                                   # the one synchronisation of the epoch
+            mean = (total / seen).item()  # the one synchronisation of the epoch
             if not math.isfinite(mean):
-                raise DivergedError(f"the loss is {mean} in epoch {state.epoch} of {epochs} (lr={base[0]}): the training diverged; a smaller lr or a warm-up helps")
-            state.history.append({"epoch": state.epoch, "loss": mean, "lr": opt.param_groups[0]["lr"], "seconds": time.perf_counter() - began})
+                raise DivergedError(
+                    f"the loss is {mean} in epoch {state.epoch} of {epochs} (lr={base[0]}): the training diverged; a smaller lr or a warm-up helps"
+                )
+            state.history.append(
+                {"epoch": state.epoch, "loss": mean, "lr": opt.param_groups[0]["lr"], "seconds": time.perf_counter() - began}
+            )
             if val is not None:
                 state.history[-1]["val_accuracy"] = accuracy(model, val, device=device)
             tell("on_epoch_end")
