@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test smoke lint strip lock clean
+.PHONY: help book test smoke lint strip readme lock clean
 
 PY := .venv/bin/python
 NOTEBOOKS := notebooks/*.ipynb
@@ -46,6 +46,9 @@ test: lint     ## what the project's check runs: lint, notebooks, book, links, u
 	@$(PY) -m frozenfilters check
 	@echo "unit tests and docstring examples:"
 	@$(PY) -m pytest -n 2 --doctest-modules tests src | tee book/_build/pytest.log
+
+readme: .venv/.ready     ## README's answer table, from rows and claims
+	@$(PY) -c "from frozenfilters import pages, study; pages.readme_is_stale(study.root(), write=True)"
 
 lock:     ## choose versions anew; the files name packages, versions and hashes, never a host
 	@$(PY) -m uv pip compile pyproject.toml requirements/torch.in requirements/build.in --extra test --extra book --extra zoo --universal --python-version 3.11 \

@@ -1,5 +1,6 @@
 """Several trainings at once: the numbers of one after another, and failures that stay where they are."""
 import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -214,7 +215,7 @@ def test_auto_fuses_only_equal_tiny_networks(digits):
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
-def test_processes_are_bit_identical_and_failures_stay_apart(digits, broken, monkeypatch):
+def test_processes_are_bit_identical_and_failures_stay_apart(digits, broken):
     nets = [network(0), network(1, "convmixer"), network(2, "lc")]
     ours = copy.deepcopy(nets)
     own = [{"seed": 1, "ema": 0.9}, {"seed": 2, "lr": 0.1, "crop": 1}, {"seed": 3, "precision": "bfloat16"}]
@@ -225,7 +226,7 @@ def test_processes_are_bit_identical_and_failures_stay_apart(digits, broken, mon
     members = [{"model": net, **o} for net, o in zip(ours, own, strict=True)]
     members[0]["callbacks"] = [counts]
     locked = network(4)
-    locked.lock = __import__("threading").Lock()                            # cannot be pickled
+    locked.lock = threading.Lock()                                         # cannot be pickled
     members += [{"model": broken}, {"model": Explodes()}, {"model": locked}, {"model": lambda: 1 / 0}]
     got = fit_many(members, digits, digits, workers=2, fuse=False, **OPTIONS)
     torch.set_num_threads(threads)
@@ -243,16 +244,19 @@ def test_in_this_process(digits, broken):
     def build():
         return models.normalized(models.convmixer(width=4, depth=1, in_channels=1), [0.3], [0.4])
     state = torch.random.get_rng_state()
-    a, b, c, d = fit_many([{"model": build, "seed": 1}, {"model": build, "seed": 1}, {"model": broken}, {"model": build, "seed": 2}], digits, workers=1, fuse=False, epochs=1)
+    members = [{"model": build, "seed": 1}, {"model": build, "seed": 1}, {"model": broken}, {"model": build, "seed": 2}]
+    a, b, c, d = fit_many(members, digits, workers=1, fuse=False, epochs=1)
     assert torch.equal(state, torch.random.get_rng_state())
     assert difference(a.model, b.model) == 0 < difference(a.model, d.model) and isinstance(c, DivergedError)
 
 
 def test_what_cannot_be_meant(digits):
     net = network()
-    for members, options, error, word in (([], {}, ValueError, "empty"), ([{"seed": 1}], {}, ValueError, "no model"), ([{"model": net, "rate": 1}], {}, TypeError, "rate"),
-                                          ([{"model": net}, {"model": net}], {}, ValueError, "share"), ([{"model": net}], {"fuse": "yes"}, ValueError, "fuse"),
-                                          ([{"model": net}], {"callbacks": [Counts()]}, ValueError, "its own")):
+    one = {"model": net}
+    for members, options, error, word in (([], {}, ValueError, "empty"), ([{"seed": 1}], {}, ValueError, "no model"),
+                                          ([one | {"rate": 1}], {}, TypeError, "rate"), ([one, one], {}, ValueError, "share"),
+                                          ([one], {"fuse": "yes"}, ValueError, "fuse"),
+                                          ([one], {"callbacks": [Counts()]}, ValueError, "its own")):
         with pytest.raises(error, match=word):
             fit_many(members, digits, **options)
     (result,) = fit_many([{"model": net}], digits, epochs=0)

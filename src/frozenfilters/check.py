@@ -55,11 +55,13 @@ def without_verdict() -> list[str]:
 
 def everything() -> dict[str, list[str]]:
     """All findings by kind; empty lists where all is well."""
-    from . import render
+    from . import pages
 
+    root = chapters.root()
     return {
         "stale rows": stale(),
         "failed rows": failed(),
-        "numbers without a row": render.unearned(chapters.root()),
+        "numbers without a row": pages.unearned(root),
         "claims without a verdict": without_verdict(),
+        "README": ["its answer table is not what the rows say: make readme"] if pages.readme_is_stale(root) else [],
     }

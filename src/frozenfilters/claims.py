@@ -194,6 +194,7 @@ def table(number: str | None = None, measured: pd.DataFrame | None = None) -> pd
         if chapter not in known:
             known[chapter] = measured if measured is not None else shown_rows(chapter)
         word, reason, found = verdict(e.get("rule"), known[chapter])
+        reason = e.get("not_tested", reason)
         rule = e.get("rule") or {}
         scale, unit = (100, " points") if rule.get("unit", "points") == "points" else (1, f" {rule['unit']}")
         ours = "; ".join(

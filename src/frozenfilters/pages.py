@@ -66,6 +66,29 @@ def answers(claims) -> str:
     return f"{tally(claims)}.\n\n" + _table(["System", "Claim", "The paper said", "We measured", "Verdict", "Chapter"], rows)
 
 
+BEGIN, END = "<!-- answers: made by `make readme` -->", "<!-- end of answers -->"
+
+
+def readme(claims) -> str:
+    """README's answer table, between its two marks: chapter | claim | verdict | command."""
+    chapters = {c.number: c for c in study.chapters()}
+    rows = [[f"[{int(r.chapter)} {chapters[r.chapter].title}](notebooks/{chapters[r.chapter].name}.ipynb)", r.claim, f"**{r.verdict}**", f"`{r.command}`"]
+            for r in claims.itertuples() if r.chapter in chapters]
+    return f"{BEGIN}\n{_table(['Chapter', 'Claim', 'Verdict', 'Measured by'], rows)}{END}"
+
+
+def readme_is_stale(root: Path, write: bool = False) -> bool:
+    """Whether README.md's answer table differs from what rows and claims say; with `write`, it is put right."""
+    path, new = root / "README.md", readme(study.claims())
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise BookError(f"README.md lacks the marks {BEGIN} and {END}, between which its answer table belongs")
+    old = text[text.index(BEGIN):text.index(END) + len(END)]
+    if write and old != new:
+        path.write_text(text.replace(old, new), encoding="utf-8")
+    return old != new
+
+
 def tally(claims) -> str:
     """Counts of the verdicts in words, the most frequent first: "3 reproduced, 1 not reproduced"."""
     return ", ".join(f"{n} {verdict}" for verdict, n in sorted(Counter(claims.verdict).items(), key=lambda x: (-x[1], x[0])))

@@ -50,7 +50,7 @@ def panels(count: int, height: float = 2.7):
     """A figure of `count` panels under one another: one column reads well on every screen."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, height * count), squeeze=False)
+    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, height * count + 1.2), squeeze=False)  # title, legend and footer take an inch
     return figure, list(axes[:, 0])
 
 
@@ -129,6 +129,20 @@ def curves(
     low, high = np.nanmin(table[value]) * scale, np.nanmax(table[value]) * scale
     ax.set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.15 * (high - low) + 0.1)  # bands of two seeds may be wider than the scale
     ax.margins(x=0.04)
+
+
+def legend(ax) -> None:
+    """The legend of `ax` below its axis label, where it hides nothing; for the last panel of a figure."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = ax.transAxes + ScaledTranslation(0, -0.48, ax.figure.dpi_scale_trans)  # inches
+    ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, ncols=2, fontsize=9.5, borderaxespad=0)
+
+
+def parameter_table(table: pd.DataFrame):
+    """Counts of parameters (columns total, frozen, learned, frozen_share) as a plain table, the share in percent."""
+    counts = {"parameters": "{:,.0f}", "frozen": "{:,.0f}", "learned": "{:,.0f}", "frozen share": "{:.1%}"}
+    return table.rename(columns={"total": "parameters", "frozen_share": "frozen share"}).reset_index().style.format(counts).hide(axis="index")
 
 
 def footer(table: pd.DataFrame, chapter: str, data_notes: dict[str, str] | None = None) -> str:

@@ -149,9 +149,9 @@ class Step:
 
     def finish(self, val=None) -> None:
         """The partial last batch, then the epoch's line in each member's history: the one synchronisation."""
+        torch.autograd.graph.increment_version([*self.optimizer.params, *self.model.buffers()])   # replays change them unseen, and caches of W = P F must know
         if self.rest:
             self(self.last)
-        torch.autograd.graph.increment_version([*self.optimizer.params, *self.model.buffers()])   # replays change them unseen, and caches of W = P F must know
         means, seconds = (self.total / self.batches[0].n).tolist(), time.perf_counter() - self.began
         right = self.accuracies(val) if val is not None else [None] * self.members
         for i, mean in enumerate(means):

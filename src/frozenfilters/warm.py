@@ -76,8 +76,8 @@ def kernels(env: Mapping[str, str] | None = None, modules: Sequence[str] = MODUL
         (folder / "kernels" / NAME).mkdir(parents=True)
         (folder / "kernels" / NAME / "kernel.json").write_text(json.dumps(spec))
         with open(folder / "log", "wb") as log:
-            zygote = subprocess.Popen([sys.executable, str(here / "zygote.py"), str(folder), str(os.getpid()), *modules], env=dict(os.environ if env is None else env),
-                                      stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+            zygote = subprocess.Popen([sys.executable, str(here / "zygote.py"), str(folder), str(os.getpid()), *modules], stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=log, env=dict(os.environ if env is None else env), start_new_session=True)
         problem = _problem(zygote, folder / "log", patience)
         if problem:
             warnings.warn(f"no warm kernels, ordinary ones start instead: {problem}", stacklevel=3)

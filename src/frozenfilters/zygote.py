@@ -23,8 +23,8 @@ import sys
 import threading
 import traceback
 
-READ_AT_IMPORT = ("PYTHON", "LD_", "DYLD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "MALLOC_", "GLIBC_", "TORCH", "PYTORCH_", "ATEN_", "DNNL_",
-                  "ONEDNN_", "MPL", "MATPLOTLIB", "LANG", "LC_", "TZ", "HOME", "XDG_")
+READ_AT_IMPORT = ("PYTHON", "LD_", "DYLD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "MALLOC_", "GLIBC_", "TORCH", "PYTORCH_", "ATEN_",
+                  "DNNL_", "ONEDNN_", "PYDEVD_", "MPL", "MATPLOTLIB", "LANG", "LC_", "TZ", "HOME", "XDG_")
 KERNEL = ("ipykernel.kernelapp", "ipykernel.debugger", "ipykernel.ipkernel", "ipykernel.zmqshell", "tornado.platform.asyncio", "sqlite3",
           "IPython.core.completerlib", "IPython.core.debugger", "IPython.extensions.storemagic")     # what a kernel has imported before its first cell
 QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
@@ -51,11 +51,12 @@ class Zygote:
     """Listens in `folder` for requests until the process `parent` is gone or SIGTERM comes.
 
     Attributes:
-        env: the environment that the imports saw.
+        env: the environment that the imports saw, and `added` what they left in it.
         kernels: process id -> connection to the client (None once it has hung up).
     """
     def __init__(self, folder: str, parent: int, env: dict):
-        self.folder, self.parent, self.env, self.kernels = folder, parent, fixed(env), {}
+        self.folder, self.parent, self.env, self.kernels = folder, parent, env, {}
+        self.added = {key: value for key, value in os.environ.items() if key not in env}
         self.wake, self.waker = socket.socketpair()
         for end in (self.wake, self.waker):
             end.setblocking(False)
@@ -89,7 +90,7 @@ class Zygote:
             head, streams, _, _ = socket.recv_fds(client, 4, 3)
             with client.makefile("rb") as file:
                 request = json.loads(file.read(struct.unpack("!I", head)[0]))
-            if fixed(request["env"]) != self.env or os.path.exists(os.path.join(request["cwd"], "matplotlibrc")) or threads() > 1:
+            if not self.suits(request) or threads() > 1:
                 client.sendall(struct.pack("!i", 0))
                 client.close()
                 return
@@ -100,6 +101,11 @@ class Zygote:
         finally:
             for fd in streams if not self.child else ():
                 os.close(fd)
+
+    def suits(self, request: dict) -> bool:
+        """Whether the imports would have gone the same way for this caller."""
+        theirs, ours = {**self.added, **request["env"]}, {**self.added, **self.env}     # the caller may have imported the same libraries meanwhile
+        return fixed(theirs) == fixed(ours) and not os.path.exists(os.path.join(request["cwd"], "matplotlibrc"))
 
     def fork(self, client: socket.socket, streams: list, request: dict) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)                 # no handler of the zygote may run in the child
@@ -130,7 +136,7 @@ class Zygote:
             mine.close()
         self.child, self.kernels = request, {}
         os.environ.clear()
-        os.environ.update(request["env"])
+        os.environ.update({**self.added, **request["env"]})
         os.chdir(request["cwd"])
         reseed()
 

@@ -1,8 +1,8 @@
 """What Jupyter starts in place of a kernel: asks the zygote for one and stands in for it.
 
-Run as `python -I -S zygote_client.py SOCKET -f CONNECTION_FILE...`, the tail being ipykernel's. It hands over the folder, the environment and the standard streams that Jupyter gave it, forwards
-signals, and ends as the kernel ends; when it is killed, the zygote kills the kernel. When no zygote answers, or the zygote declines, it becomes an ordinary
-kernel. Nothing but the standard library is imported, so that this takes milliseconds.
+Run as `python -I -S zygote_client.py SOCKET -f CONNECTION_FILE...`, the tail being ipykernel's. It hands over the folder, the environment and the standard
+streams that Jupyter gave it, forwards signals, and ends as the kernel ends; when it is killed, the zygote kills the kernel. When no zygote answers, or the
+zygote declines, it becomes an ordinary kernel. Nothing but the standard library is imported, so that this takes milliseconds.
 """
 import json
 import os
