@@ -13,7 +13,7 @@ from frozenfilters.chapters import ParameterError, check_parameters
 
 def test_chapters_and_their_notebooks():
     found = study.chapters()
-    assert [c.number for c in found][:2] == ["01", "02"]
+    assert [c.number for c in found] == ["01", "02", "12"]
     for c in found:
         assert c.title and c.question.endswith("?") and c.summary and c.system
         given = chapters.defaults(c.notebook)
@@ -29,12 +29,12 @@ def test_every_rule_fits_the_rows_of_its_chapter(tmp_path):
     """Smoke rows have the columns and the arms that claims.yml speaks of, but never earn a verdict."""
     from frozenfilters import claims
 
+    small = {"seeds": 1, "epochs": 1, "n_train": 100, "n_test": 50, "rates": [16, 1]}
     for c in study.chapters():
-        rows = study.measure(
-            c,
-            {"out": str(tmp_path / c.name), "seeds": 1, "epochs": 1, "n_train": 100, "n_test": 50}
-            | ({"rates": [16, 1]} if c.number == "02" else {}),
-        )["rows"]
+        if "seeds" not in chapters.defaults(c.notebook):
+            continue  # ratios of time, not trainings
+        given = {name: value for name, value in small.items() if name in chapters.defaults(c.notebook)}
+        rows = study.measure(c, given | {"out": str(tmp_path / c.name)})["rows"]
         for e in claims.entries(c.number):
             if rule := e.get("rule"):
                 values = claims.paired(rows, rule["metric"], rule["a"], rule.get("b"), axis=rule.get("axis"))

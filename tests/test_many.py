@@ -198,6 +198,8 @@ def test_what_cannot_be_fused_says_why(digits):
                         (lambda: nn.Sequential(nn.Dropout(0.5), head), "dropout")):
         with pytest.raises(ValueError, match=f"fuse=True.*{word}"):
             fit_many([{"model": build()} for _ in range(2)], digits, fuse=True, **OPTIONS)
+    with pytest.raises(ValueError, match="no other"):
+        fit_many([{"model": network()}, {"model": network(1), "momentum": 0.5}], digits, fuse=True, **OPTIONS)
     with pytest.raises(ValueError, match="differ in structure"):
         Grouped([network(), network(kind="convmixer")], torch.rand(2, 1, 8, 8))
     mixers = [Mixer() for _ in range(2)]

@@ -21,11 +21,14 @@ GROUPS = {
     "data": {"catalogue", "archives", "official", "releases", "integrity", "data", "pack"},
     "training": {"batches", "grouped", "machine", "many", "measure", "steps", "train"},
     "study": {"keys", "stamp", "rows", "chapters", "claims", "plots", "study", "check"},
+    "bench": {"bench", "gpu", "rivals"},
     "book": {"pages", "render", "warm", "zygote", "zygote_client"},
     "command line": {"__main__"},
 }
-MAY_IMPORT = {"filters": set(), "networks": {"filters"}, "data": set(), "training": {"data", "networks"}, "study": {"data"}, "book": {"study"},
-              "command line": {"study", "book", "data", "training"}}
+MAY_IMPORT = {
+    "filters": set(), "networks": {"filters"}, "data": set(), "training": {"data", "networks"}, "study": {"data"}, "bench": {"training", "networks"},
+    "book": {"study"}, "command line": {"study", "book", "data", "training", "bench"},
+}
 
 
 def direct(requirements):

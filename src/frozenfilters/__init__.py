@@ -9,12 +9,15 @@ __version__ = "0.1.0"
 PROTOCOL = 1        # raised by hand when a change of the package alters numerics: rows of an older protocol are stale
 
 _MODULES = (
-    "algebra", "batches", "chapters", "check", "claims", "data", "filters", "keys", "layers", "lcnets", "measure", "models", "pack", "plots", "render",
-    "rows", "stamp", "steering", "study", "surgery", "train",
+    "algebra", "backward", "batches", "bench", "chapters", "check", "claims", "data", "filters", "gpu", "grouped", "keys", "layers", "lcnets", "machine",
+    "many", "measure", "models", "pack", "plots", "render", "rivals", "rows", "stamp", "steering", "steps", "study", "surgery", "train", "warm",
 )
 _NAMES = {
+    "backward": ("lean", "unlean"),
     "layers": ("LCConv2d",),
     "lcnets": ("lc", "lr_matched"),
+    "machine": ("tuned",),
+    "many": ("fit_many",),
     "measure": ("accuracy", "fgsm", "pgd"),
     "models": ("fold", "normalized", "small_stem"),
     "surgery": ("depthwise", "freeze", "frozen_hash", "frozen_share", "inventory", "share", "spatial", "summary", "swap", "thaw", "thawed"),

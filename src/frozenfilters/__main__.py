@@ -1,4 +1,4 @@
-"""The command line: list, run, book, check, data."""
+"""The command line: list, run, book, check, data, bench."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   frozenfilters run 02 --preset gpu --budget 9m --shard 3/8 --rows-only
   frozenfilters book                                    smoke runs, pages, the book
   frozenfilters check                                   stale rows, unearned numbers, missing verdicts
+  frozenfilters bench inputs folded                     speed as ratios, measured here and now
   frozenfilters data                                    which data sets are here, and how to get the others
   frozenfilters data pack cifar10-jpeg ~/cifar-10-batches-py
 """
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sub = p.add_subparsers(dest="command", required=True, metavar="list | run | book | check | data")
+    sub = p.add_subparsers(dest="command", required=True, metavar="list | run | book | check | data | bench")
     s = sub.add_parser("list", help="chapters, presets, minutes, rows present")
     s.add_argument("--json", action="store_true", help="machine-readable")
     s = sub.add_parser(
@@ -47,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     s.add_argument("--json", action="store_true", help="a summary line as JSON")
     s = sub.add_parser("book", help="run the smoke presets, render the pages, build the book")
     s.add_argument("--no-smoke", action="store_true", help="skip the live smoke runs")
+    s = sub.add_parser("bench", help="speed and memory of the engine as ratios, in under three minutes")
+    s.add_argument("cells", nargs="*", help="some of the cells only (default: all)")
+    s.add_argument("--rounds", type=int, help="interleaved repetitions (default: each cell's own)")
+    s.add_argument("--json", action="store_true", help="machine-readable")
     s = sub.add_parser("check", help="stale rows, numbers without a row, claims without a verdict")
     s.add_argument("--json", action="store_true", help="machine-readable")
     s = sub.add_parser("data", help="data sets: list, get, pack")
@@ -134,6 +139,18 @@ def _check(a) -> int:
     return 1 if any(found.values()) else 0
 
 
+def _bench(a) -> int:
+    from . import bench
+
+    table = bench.run(a.cells, a.rounds)
+    if a.json:
+        print(table.to_json(orient="records"))
+    else:
+        shown = table[[c for c in ("cell", "variant", "against", "ratio", "low", "high") if c in table]]
+        print(shown.to_string(index=False, float_format=lambda v: f"{v:.3f}", na_rep="exact"))
+    return 0
+
+
 def _data(a) -> int:
     from . import data
 
@@ -160,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
             render.book(smoke=not a.no_smoke)
             return 0
-        return {"list": _list, "run": _run, "check": _check, "data": _data}[a.command](a)
+        return {"list": _list, "run": _run, "check": _check, "data": _data, "bench": _bench}[a.command](a)
     except KeyboardInterrupt:
         return 130
     except (ValueError, LookupError, OSError, RuntimeError) as e:

@@ -197,9 +197,9 @@ def table(number: str | None = None, measured: pd.DataFrame | None = None) -> pd
         reason = e.get("not_tested", reason)
         rule = e.get("rule") or {}
         scale, unit = (100, " points") if rule.get("unit", "points") == "points" else (1, f" {rule['unit']}")
-        ours = "; ".join(
-            f"{name}: {Interval(i.mean * scale, i.low * scale, i.high * scale, i.n):+.1f}{unit} (n={i.n})" for name, i in found.items()
-        )
+        shape = "+.1f" if unit == " points" else ".2f"
+        scaled = {name: Interval(i.mean * scale, i.low * scale, i.high * scale, i.n) for name, i in found.items()}
+        ours = "; ".join(f"{name}: {i:{shape}}{unit} (n={i.n})" for name, i in scaled.items())
         lines.append(
             {
                 "id": str(e["id"]),

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .measure import evaluating
 
 CHANNELWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Identity, nn.Flatten,
                nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d)
 WIDENED = {nn.Conv2d: ("in_channels", "out_channels", "groups"), nn.BatchNorm2d: ("num_features",)}
+
+TINY = 4e6              # floating-point operations of a layer on a batch, below which 8 members as one took at most half the time of 8 (measured on a CPU)
 
 
 class GroupedLinear(nn.Linear):
@@ -127,3 +131,27 @@ def _alike(models: Sequence[nn.Module]) -> None:
     names = [id(p) for p in models[0].parameters()]
     if len(names) != sum(1 for _ in models[0].named_parameters(remove_duplicate=False)):
         raise ValueError(f"{type(models[0]).__name__} ties parameters between layers")
+
+
+def tiny(model: nn.Module, example: Tensor, batch_size: int) -> bool:
+    """Whether `model`'s time goes into the number of its operations, not into them: little work in each layer, on a CPU.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten())
+    >>> tiny(net, torch.zeros(1, 3, 8, 8), batch_size=16), tiny(net, torch.zeros(1, 3, 64, 64), batch_size=16)
+    (True, False)
+    """
+    with evaluating(model), torch.no_grad(), _Work() as work:
+        model(example)
+    return example.device.type == "cpu" and work.total * batch_size < TINY * max(work.layers, 1) * len(example)
+
+
+class _Work(TorchFunctionMode):
+    """Counts floating-point operations of convolutions and linear layers. (`measure.flops` counts all, but needs seconds to be imported.)"""
+
+    total = layers = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.conv2d, F.linear):
+            self.total, self.layers = self.total + 2 * result.numel() * args[1][0].numel(), self.layers + 1
+        return result

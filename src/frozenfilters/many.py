@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from . import machine, steps
 from .batches import Batches, as_batches
-from .grouped import Grouped
-from .measure import evaluating, flops
+from .grouped import Grouped, tiny
+from .measure import evaluating
 from .train import SCHEDULES, History, fit, resolve_precision
 
 FREE = ("seed", "lr", "weight_decay")                       # what members that run as one network may differ in
 SIMPLE = (*FREE, "epochs", "batch_size", "momentum", "nesterov", "schedule", "warmup", "label_smoothing", "loss", "crop", "flip", "device", "precision")
-TINY = 4e6              # floating-point operations of a layer on one batch below which fusing 8 members took at most half their time (measured)
 
 
 def fit_many(members: Sequence[dict], train, val=None, *, workers: int | None = None, fuse: bool | str = "auto", **common) -> list[History | Exception]:
@@ -98,7 +97,7 @@ class _Job:
             return f"{', '.join(odd)} must be left to fit"
         if not (isinstance(getattr(train, "images", None), Tensor) and isinstance(getattr(train, "labels", None), Tensor)):
             return "train is not an ImageSet, so that its order cannot be drawn beforehand"
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in self.model.modules()):
+        if any(word in type(m).__name__.lower() for m in self.model.modules() for word in ("drop", "stochastic") if getattr(m, "p", 1) > 0):
             return "the network has dropout, which draws random numbers in every step"
         return None if any(p.requires_grad for p in self.model.parameters()) else "the network has nothing to train"
 
@@ -139,7 +138,6 @@ def _build(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
 def _in_processes(jobs: list[_Job], train, val, workers: int) -> None:
     """One process with one thread for each member at a time; what it learned is loaded into the member's own network."""
     import cloudpickle
@@ -186,7 +184,6 @@ def _receive(job: _Job, payload: bytes) -> History | Exception:
     return history
 
 
-# --------------------------------------------------------------------------------------------------------- side by side
 def _loaders(jobs: list[_Job], train) -> list[Batches]:
     """The members' batches over one stored copy of the data, each with its own generator."""
     first = jobs[0]
@@ -212,31 +209,21 @@ def _step(model: nn.Module, jobs: list[_Job], loaders: list[Batches]) -> steps.S
 
 def _fusable(jobs: list[_Job], train, fuse) -> list[list[_Job]]:
     """Sets of members with equal arguments (but for `FREE`) that a grouped network may hold."""
-    batches: list[list[_Job]] = []
-    for job in jobs:
-        reason = None if fuse is False or job.result is not None else job.why_not_a_step(train)
+    sets: list[list[_Job]] = []
+    for job in jobs if fuse else []:
+        reason = job.why_not_a_step(train) if job.result is None else "the network could not be built"
         if fuse is True and reason:
             raise ValueError(f"fuse=True: {reason}; use fuse='auto'")
-        if fuse is False or job.result is not None or reason or (fuse == "auto" and not _tiny(job, train)):
+        if reason or fuse == "auto" and _attempt(tiny, job.model, train.images[:1].to(job.device) / 255, min(job["batch_size"], len(train.images))) is not True:
             continue
-        for batch in batches:
-            if repr(batch[0].model) == repr(job.model) and all(batch[0][name] == job[name] for name in SIMPLE if name not in FREE):
-                batch.append(job)
-                break
+        alike = [s for s in sets if repr(s[0].model) == repr(job.model) and all(s[0][name] == job[name] for name in SIMPLE if name not in FREE)]
+        if alike:
+            alike[0].append(job)
         else:
-            batches.append([job])
-    return [batch for batch in batches if len(batch) > 1]
-
-
-def _tiny(job: _Job, train) -> bool:
-    """Whether this member's time goes into the number of its operations: few floating-point operations in each layer and batch, on a CPU."""
-    x = torch.zeros(1, *train.images.shape[1:], device=job.device)
-    if job.device.type != "cpu" or job["epochs"] < 1:
-        return False
-    with evaluating(job.model), torch.no_grad():
-        work = _attempt(flops, job.model, x)
-    layers = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in job.model.modules())
-    return not isinstance(work, Exception) and work * min(job["batch_size"], len(train.images)) / max(layers, 1) < TINY
+            sets.append([job])
+    if fuse is True and any(len(s) == 1 for s in sets):
+        raise ValueError(f"fuse=True: a member has no other of its structure and arguments; only {', '.join(FREE)} may differ; use fuse='auto'")
+    return [s for s in sets if len(s) > 1]
 
 
 def _fused(jobs: list[_Job], train, val, must: bool) -> None:
@@ -245,7 +232,7 @@ def _fused(jobs: list[_Job], train, val, must: bool) -> None:
         device = jobs[0].device
         one = Grouped([job.model.to(device) for job in jobs], train.images[:2].to(device) / 255)
         step = _step(one.model, jobs, _loaders(jobs, train))
-        steps.run([step], val)
+        steps.run([step], val, capture=device.type == "cuda")
     except Exception as error:                             # noqa: BLE001  nothing is written before scatter: every member can still be trained alone
         if must:
             raise ValueError(f"fuse=True: {error}; use fuse='auto'") from error

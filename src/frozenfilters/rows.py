@@ -178,6 +178,13 @@ def _measure(trial: Callable, arguments: dict, key: str, code: str, chapter: str
     return row, problem
 
 
+def _in_worker(*args) -> tuple[dict, Exception | None]:
+    from . import machine
+
+    with machine.tuned(threads=1):
+        return _measure(*args)
+
+
 class Shard:
     """One run's own append-only file of rows, made at the first row; each row is on the disk before the next trial starts."""
 
@@ -326,7 +333,7 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
                 keep(*_measure(trial, bound[i], keys[i], code, folder.name, folder))
         else:
             with parallel_config(backend="loky", inner_max_num_threads=1):
-                tasks = (delayed(_measure)(trial, bound[i], keys[i], code, folder.name, folder) for i in waiting())
+                tasks = (delayed(_in_worker)(trial, bound[i], keys[i], code, folder.name, folder) for i in waiting())
                 for result in Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1)(tasks):
                     keep(*result)
     except KeyboardInterrupt:

@@ -49,7 +49,8 @@ def available() -> bool:
 def _gpu() -> bool:
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return True
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and bool(glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/kfd"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    return not hidden and any(glob.glob(device) for device in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
 
 
 @contextlib.contextmanager

@@ -109,18 +109,20 @@ class Zygote:
 
     def fork(self, client: socket.socket, streams: list, request: dict) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, QUIET)                 # no handler of the zygote may run in the child
-        pid = os.fork()
-        if pid:
-            os.setpgid(pid, pid)
-            self.kernels[pid] = client
-            self.selector.register(client, selectors.EVENT_READ, lambda _: self.listen(pid))
-        else:
-            try:
-                self.become(client, streams, request)
-            except BaseException:                                       # nothing may return into the zygote's loop
-                traceback.print_exc()
-                os._exit(1)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)
+        try:
+            pid = os.fork()
+            if pid:
+                os.setpgid(pid, pid)
+                self.kernels[pid] = client
+                self.selector.register(client, selectors.EVENT_READ, lambda _: self.listen(pid))
+            else:
+                try:
+                    self.become(client, streams, request)
+                except BaseException:                                   # nothing may return into the zygote's loop
+                    traceback.print_exc()
+                    os._exit(1)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, QUIET)
 
     def become(self, client: socket.socket, streams: list, request: dict) -> None:
         """In the child: take over what is the caller's, give up what is the zygote's."""
@@ -200,38 +202,44 @@ def reseed() -> None:
         sys.modules["torch"].default_generator.seed()
 
 
-def main(folder: str, parent: str, *modules: str) -> None:
-    sys.path.pop(0)                                                     # the package's folder: its modules are not top-level ones
-    before = dict(os.environ)
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")        # as a kernel has it when matplotlib is imported
-    for name in (*KERNEL, *modules):
-        if importlib.util.find_spec(name.partition(".")[0]):
-            importlib.import_module(name)
-    zygote = Zygote(folder, int(parent), before)
-    gc.collect()
-    gc.freeze()                                                         # leaves the shared pages alone
-    print("ready", threads(), flush=True)
-    own = os.getpid()
+def run(argv: list, parent: int) -> None:
+    """Be an ipykernel; end the process without freeing memory piece by piece, which takes a second when torch is loaded."""
+    sys.argv = [importlib.util.find_spec("ipykernel_launcher").origin, *argv]
+    app, status = sys.modules["ipykernel.kernelapp"].IPKernelApp, 0
     try:
-        request = zygote.serve()
-    finally:
-        if os.getpid() == own:
-            zygote.close()
-    sys.argv = [importlib.util.find_spec("ipykernel_launcher").origin, *request["argv"]]
-    status = 0
-    try:
-        sys.modules["ipykernel.kernelapp"].launch_new_instance(argv=[*sys.argv[1:], f"--IPKernelApp.parent_handle={own}"])
+        app.launch_instance(argv=[*argv, f"--IPKernelApp.parent_handle={parent}"])
+        app.instance().control_thread.stop()                            # ipykernel stops this thread last, though it may still wait for the others: seconds
+        app.instance().control_thread.join(5)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         status = 1
-    finally:                                                            # what an interpreter does at its end, but for freeing memory piece by piece
+    finally:                                                            # as multiprocessing ends its forks
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.__stdout__.flush()
         sys.__stderr__.flush()
         os._exit(status)
+
+
+def main(folder: str, parent: str, *modules: str) -> None:
+    sys.path.pop(0)                                                     # the package's folder: its modules are not top-level ones
+    env = dict(os.environ)
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")        # as a kernel has it when matplotlib is imported
+    for name in (*KERNEL, *modules):
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    zygote, own = Zygote(folder, int(parent), env), os.getpid()
+    gc.collect()
+    gc.freeze()                                                         # leaves the shared pages alone
+    print("ready", threads(), flush=True)
+    try:
+        request = zygote.serve()
+    finally:
+        if os.getpid() == own:
+            zygote.close()
+    run(request["argv"], own)
 
 
 if __name__ == "__main__":
