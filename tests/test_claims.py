@@ -74,6 +74,15 @@ def test_slope_per_doubling():
     assert np.allclose(paired(t, "accuracy", {"arm": "lc"}, axis="rate"), 0.03)
 
 
+def test_slope_of_a_gap_to_an_arm_without_the_axis():
+    lc = [{"seed": s, "rate": r, "arm": "lc", "accuracy": 0.5 + 0.02 * np.log2(r) + 0.1 * s} for s in range(3) for r in (1, 4)]
+    t = pd.DataFrame(lc + [{"seed": s, "rate": 0, "arm": "plain", "accuracy": 0.6 + 0.1 * s} for s in range(3)])
+    assert np.allclose(paired(t, "accuracy", {"arm": "lc"}, {"arm": "plain"}, axis="rate"), 0.02)
+    assert len(paired(t, "accuracy", {"arm": "none"}, {"arm": "plain"})) == 0
+    with pytest.raises(KeyError, match="no metric 'acuracy'"):
+        paired(t, "acuracy", {"arm": "plain"})
+
+
 def test_diverged_rows_drop_out_with_their_pair():
     t = table(-0.02, noise=0.0)
     t.loc[(t.seed == 0) & (t.arm == "learned"), "accuracy"] = np.nan

@@ -88,39 +88,33 @@ def paired(
 
     Diverged trainings have no metric and drop out with their pair.
     """
-    index = [*pair, axis] if axis and axis not in a else list(pair)
+    keys = [*pair, axis] if axis else list(pair)
 
-    def arm(where: dict) -> pd.Series:
+    def arm(where: dict, keys: list[str]) -> pd.DataFrame:
         chosen = select(table, **where)
-        if chosen.duplicated(index).any() and not (axis and axis in where):
-            extra = [
-                c
-                for c in chosen
-                if c in ("arm", "bank", "rate", "arch", "width", "lr") and c not in index and chosen[c].astype(str).nunique() > 1
-            ]
-            raise ValueError(f"arm {where} has several rows for one {index}; also fix {extra or 'more columns'}")
-        return chosen.set_index(index)[metric].astype(float)
+        if len(chosen) and metric not in chosen:
+            raise KeyError(f"the rows have no metric {metric!r}")
+        if chosen.duplicated(keys).any():
+            varied = [c for c in ("dataset", "arm", "bank", "rate", "arch", "width", "lr") if c in chosen and c not in keys and chosen[c].nunique() > 1]
+            raise ValueError(f"arm {where} has several rows for one {keys}; fix or pair by {varied or 'more columns'} too")
+        return chosen.reindex(columns=[*keys, metric])
 
-    value = arm(a)
+    frame = arm(a, keys)
+    frame["value"] = frame[metric].astype(float)
     if b is not None:
-        other = arm(b)
-        value = value - (
-            other
-            if other.index.names == value.index.names
-            else value.index.to_frame().join(other.rename("b"), on=list(other.index.names))["b"]
-        )
-    value = value.dropna()
+        fixed = axis is not None and select(table, **b)[axis].nunique() < 2  # an arm without the axis is the same at all of its values
+        other = arm(b, list(pair) if fixed else keys).rename(columns={metric: "other"})
+        frame = frame.merge(other, on=list(pair) if fixed else keys)
+        frame["value"] -= frame["other"].astype(float)
+    frame = frame.dropna(subset="value")
     if axis is None:
-        return value
-    frame = value.rename("value").reset_index()
-    return (
-        frame.groupby(list(pair))
-        .apply(
-            lambda g: np.polyfit(np.log2(g[axis].astype(float)), g["value"], 1)[0] if g[axis].nunique() > 1 else np.nan,
-            include_groups=False,
-        )
-        .dropna()
-    )
+        return frame.set_index(keys)["value"]
+    slopes = {
+        name: np.polyfit(np.log2(part[axis].astype(float)), part["value"], 1)[0]
+        for name, part in frame.groupby(list(pair))
+        if part[axis].nunique() > 1
+    }
+    return pd.Series(slopes, dtype=float)
 
 
 def _decide(i: Interval, test: dict) -> str:

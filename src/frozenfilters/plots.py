@@ -196,9 +196,9 @@ def show(figure, title: str, alt: str, foot: str = "", path: str | Path | None =
     if not title.strip() or not alt.strip():
         raise ValueError("show: a figure needs its finding as title and a text (alt) for readers who cannot see it")
     width = figure.get_figwidth()
-    figure.suptitle(textwrap.fill(title, int(width * 11)), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(textwrap.fill(title, int(width * 9.6)), x=0.01, ha="left", fontsize=12, fontweight="bold")
     if foot:
-        figure.supxlabel(textwrap.fill(foot, int(width * 16.5)), x=0.01, ha="left", fontsize=7.5, color="0.3")
+        figure.supxlabel(textwrap.fill(foot, int(width * 16)), x=0.01, ha="left", fontsize=7.5, color="0.3")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     if path is not None:
