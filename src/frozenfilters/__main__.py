@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     k = d.add_parser("pack", help="build a packed archive from the official release")
     k.add_argument("name")
     k.add_argument("source")
+    k.add_argument("--partial", action="store_true", help="accept a release that is not whole; rows will say so")
     k.add_argument("--out", help="folder (default: FROZENFILTERS_DATA)")
     return p
 
@@ -157,9 +158,9 @@ def _data(a) -> int:
     if a.action == "pack":
         from .pack import pack
 
-        print(pack(a.name, a.source, out=a.out))
+        print(pack(a.name, a.source, out=a.out, partial=a.partial))
     elif a.action == "get":
-        for split in ("train", "test"):
+        for split in data.info(a.name).splits:
             found = data.load(a.name, split, download=True)
             print(f"{found.name} {split}: {len(found)} examples, {found.source}")
     else:

@@ -113,3 +113,19 @@ def cores() -> int:
     True
     """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_device() -> str:
+    """Where a training runs that is not told: FROZENFILTERS_DEVICE, else the first GPU, else the CPU.
+
+    Raises:
+        RuntimeError: FROZENFILTERS_DEVICE names a GPU that is not there.
+
+    >>> default_device() in ("cpu", "cuda")
+    True
+    """
+    wanted = os.environ.get("FROZENFILTERS_DEVICE")
+    there = torch.cuda.is_available()
+    if wanted and wanted.startswith("cuda") and not there:
+        raise RuntimeError(f"FROZENFILTERS_DEVICE={wanted}, but torch sees no CUDA device here; unset the variable to run on the CPU")
+    return wanted or ("cuda" if there else "cpu")

@@ -52,6 +52,8 @@ def commit(folder: str | None = None) -> tuple[str | None, bool | None]:
 
     try:
         top = git("rev-parse", "--show-toplevel")
+        if not (Path(top) / "notebooks" / "presets.yml").exists():  # installed inside somebody else's checkout
+            return None, None
         dirty = subprocess.run(
             ["git", "-C", top, "status", "--porcelain", "--untracked-files=all", "--", "src", "notebooks"],
             check=True,
@@ -74,10 +76,12 @@ def stamp(device: str | None = None, data: dict | None = None) -> dict:
 
     import torch
 
+    from . import machine
+
     head, dirty = commit()
     return {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "device": device_name(str(device) if device else None),
+        "device": device_name(str(device or machine.default_device())),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         **versions(),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import machine
 from .batches import as_batches
 from .measure import accuracy
 
@@ -149,7 +150,7 @@ def fit(
         crop, flip: augmentation of an `ImageSet` on the device.
         ema: decay per step of an exponential moving average of the weights, which replaces them at the end.
         seed: order, augmentation and dropout.
-        device: default: where the model is.
+        device: default: where the model is if that is a GPU, else `machine.default_device()`; the model is moved there.
         precision: "float32", "bfloat16" (autocast) or "auto" (see `resolve_precision`).
         deterministic: only algorithms that give the same bits every time (slower on a GPU).
         callbacks: objects with any of `Callback`'s methods.
@@ -170,7 +171,8 @@ def fit(
     learned = [p for p in model.parameters() if p.requires_grad]
     if not learned:
         raise ValueError("model: every parameter is frozen, there is nothing to train; thaw something, or only measure it")
-    device = torch.device(device) if device is not None else learned[0].device
+    where = learned[0].device
+    device = torch.device(device or (machine.default_device() if where.type == "cpu" else where))
     factor = schedule if callable(schedule) else SCHEDULES.get(schedule)
     if factor is None:
         raise ValueError(f"schedule={schedule!r} is none of {', '.join(SCHEDULES)}; pass one of them or a function of the share done")
