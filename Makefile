@@ -39,7 +39,7 @@ test: lint     ## what the project's check runs: lint, notebooks, book, links, u
 	@echo 'c.IPKernelApp.log_level = 50' > book/_build/ipython/profile_default/ipython_kernel_config.py
 	@echo "notebooks, live (nbval):"
 	@FROZENFILTERS_RESULTS="$(CURDIR)/book/_build/smoke" IPYTHONDIR="$(CURDIR)/book/_build/ipython" \
-	  $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks | tee book/_build/nbval.log
+	  $(PY) -m frozenfilters.warm $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-kernel-name={kernel} --nbval-cell-timeout=300 notebooks | tee book/_build/nbval.log
 	@$(PY) -c "from frozenfilters import render; render.stamp_smoke()"
 	@$(PY) -m frozenfilters book
 	@$(PY) .ci/links.py book/_build/html

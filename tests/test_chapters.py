@@ -99,7 +99,8 @@ def test_root_says_what_it_looked_for(tmp_path, monkeypatch):
         (["run", "02", "--preset", "huge"], "no preset 'huge'"),
         (["run", "02", "-p", "epoch", "3"], "did you mean 'epochs'"),
         (["run", "02", "-p", "dataset", "fashion-mist", "--rows-only", "-p", "seeds", "1", "-p", "rates", "[1]"], "fashion-mnist"),
-        (["data", "pack", "nothing", "/nowhere"], "nothing"),
+        (["run", "01", "-p", "banks", "[dtc]", "-p", "seeds", "1", "--rows-only", "-p", "archs", "[convmixer]", "-p", "epochs", "1"], "did you mean 'dct'"),
+    (["data", "pack", "nothing", "/nowhere"], "nothing"),
         (["data", "get", "cifar11"], "cifar10"),
     ],
 )

@@ -6,6 +6,7 @@ warnings as errors. Each step is skipped while what it depends on is unchanged.
 
 Kernels talk over private IPC sockets, because kernels that start at once race for TCP ports.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -27,7 +29,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from . import chapters, pages, study
+from . import chapters, pages, study, warm
 from .pages import BookError, finish, unearned  # noqa: F401  (`frozenfilters check` asks for `unearned` here)
 
 JUPYTER_BOOK = "import sys; from jupyter_book.cli.main import main; sys.argv[0] = 'jupyter-book'; main()"
@@ -57,7 +59,22 @@ class PrivateKernel(NBClientEngine):
 papermill_engines.register("private", PrivateKernel)
 
 
-def run_smoke() -> None:
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}            # of a kernel, unless the caller chose others
+
+
+def ordinary() -> str:
+    """The kernel of whoever does not ask for warm ones."""
+    return warm.ORDINARY
+
+
+@contextlib.contextmanager
+def warm_kernels():
+    """Yield a function that names the kernel to use: one warm start for all notebooks of a build, made when the first one needs it (see `warm`)."""
+    with contextlib.ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(warm.kernels({**THREADS, **os.environ})))
+
+
+def run_smoke(kernel=ordinary) -> None:
     """Run every notebook's smoke preset live into book/_build/smoke, unless nothing it depends on has changed since it last passed."""
     root = study.root()
     jobs = []
@@ -65,7 +82,7 @@ def run_smoke() -> None:
         if _stamp(_scratch(root) / chapter.name) != _smoke_hash(root, chapter):
             shutil.rmtree(_scratch(root) / chapter.name, ignore_errors=True)            # old rows would be a proof of nothing
             jobs.append((chapter, chapter.presets["smoke"], _scratch(root), _scratch(root) / f"{chapter.name}.ipynb"))
-    _run_all("smoke", jobs, root, lambda chapter, out: _stamp(_scratch(root) / chapter.name, _smoke_hash(root, chapter)))
+    _run_all("smoke", jobs, root, lambda chapter, out: _stamp(_scratch(root) / chapter.name, _smoke_hash(root, chapter)), kernel)
 
 
 def stamp_smoke() -> None:
@@ -94,7 +111,7 @@ def choose(chapter) -> Shown:
     return Shown("smoke", _scratch(root), study.plan(chapter, "smoke", _scratch(root)).keys, fallback=True)
 
 
-def run_pages() -> dict:
+def run_pages(kernel=ordinary) -> dict:
     """Execute each chapter with the preset it shows into book/chapters; return {chapter name: Shown}."""
     root = study.root()
     shown = {c.name: choose(c) for c in study.chapters()}
@@ -113,7 +130,7 @@ def run_pages() -> dict:
         nbformat.write(nb, _page(root, chapter))
         _stamp(_work(root) / chapter.name, hashes[chapter.name])
 
-    _run_all("page", jobs, root, write)
+    _run_all("page", jobs, root, write, kernel)
     return shown
 
 
@@ -124,9 +141,11 @@ def book(smoke: bool = True, open_hint: bool = True) -> Path:
     for chapter in study.chapters():
         if f"chapters/{chapter.name}" not in toc:
             raise BookError(f"chapter {chapter.number} is not in book/_toc.yml: add the line `- file: chapters/{chapter.name}` to its part.")
-    if smoke:
-        run_smoke()
-    pages.write(root, run_pages())
+    with warm_kernels() as kernel:
+        if smoke:
+            run_smoke(kernel)
+        shown = run_pages(kernel)
+    pages.write(root, shown)
     index = _sphinx(root)
     if open_hint:
         print(f"the book is built ({time.monotonic() - start:.0f} s)\nopen {index.as_uri()}")
@@ -152,15 +171,15 @@ def _sphinx(root: Path) -> Path:
     return index
 
 
-def _run_all(what: str, jobs: list, root: Path, done=lambda chapter, out: None) -> None:
+def _run_all(what: str, jobs: list, root: Path, done=lambda chapter, out: None, kernel=ordinary) -> None:
     """Run (chapter, parameters, results folder, output path) jobs, two at a time where memory allows; `done` after each success; raise naming every failure."""
-    failed = []
+    failed, name = [], kernel() if jobs else ""
 
     def one(job):
         chapter, parameters, results, out = job
         start = time.monotonic()
         try:
-            _run(chapter.notebook, out, parameters, results, root)
+            _run(chapter.notebook, out, parameters, results, root, name)
             _no_failed_rows(results / chapter.name)
             done(chapter, out)
             print(f"{what} {chapter.name}: ok, {time.monotonic() - start:.0f} s", flush=True)
@@ -174,16 +193,16 @@ def _run_all(what: str, jobs: list, root: Path, done=lambda chapter, out: None) 
         raise BookError(f"{len(failed)} of {len(jobs)} notebooks failed ({what} run):\n" + "\n".join(sorted(failed)))
 
 
-def _run(notebook: Path, out: Path, parameters: dict, results: Path, root: Path) -> None:
+def _run(notebook: Path, out: Path, parameters: dict, results: Path, root: Path, kernel: str) -> None:
     study.check_parameters(parameters, chapters.defaults(notebook))         # papermill itself only warns of an unknown one, and runs the default
     out.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")               # this environment's python3 kernel, not another one's of the same name
     ipython = root / "book" / "_build" / "ipython"                      # nobody's own start-up files, and no chatter of kernels
     (ipython / "profile_default").mkdir(parents=True, exist_ok=True)
     (ipython / "profile_default" / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 50\n")
-    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ, "IPYTHONDIR": str(ipython),
+    env = {**THREADS, **os.environ, "IPYTHONDIR": str(ipython),
            "FROZENFILTERS_ROOT": str(root), "FROZENFILTERS_RESULTS": str(results)}
-    papermill.execute_notebook(str(notebook), str(out), parameters, engine_name="private", kernel_name="python3", progress_bar=sys.stderr.isatty(), env=env)
+    papermill.execute_notebook(str(notebook), str(out), parameters, engine_name="private", kernel_name=kernel, progress_bar=sys.stderr.isatty(), env=env)
 
 
 def _no_failed_rows(folder: Path) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 NAME, ORDINARY = "frozenfilters-warm", "python3"
-MODULES = ("numpy", "torch", "torchvision", "pandas", "sklearn", "matplotlib.pyplot", "seaborn", "tqdm", "yaml", "ipykernel.ipkernel", "ipykernel.zmqshell")
+MODULES = ("numpy", "torch", "torchvision", "pandas", "sklearn", "matplotlib.pyplot", "seaborn", "tqdm", "yaml", "tabulate")     # the last by torch, at exit
 
 
 def available() -> bool:
