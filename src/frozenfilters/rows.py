@@ -297,6 +297,7 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
             f"cannot write to the results folder {folder}: {e.strerror}; {len(todo)} trials are not measured yet. Make it writable, or choose "
             "another with the parameter out=... or the variable FROZENFILTERS_RESULTS"
         ) from e
+    varied = [k for k in bound[0] if any(bound[i][k] != bound[todo[0]][k] for i in todo)]
     shard, start, spent, good = Shard(folder), time.monotonic(), [], []
     workers = workers or int(os.environ.get("FROZENFILTERS_WORKERS", "1"))
     terminal = sys.stderr.isatty() and "ipykernel" not in sys.modules
@@ -321,7 +322,7 @@ def _measure_all(trial, bound, keys, code, todo, folder, budget, workers, progre
         bar.update()
         if bar.disable and "ipykernel" not in sys.modules:
             rate = (time.monotonic() - start) / len(spent)
-            shown = {k: v for k, v in row["params"].items() if k in ("dataset", "arm", "bank", "rate", "seed", "arch")}
+            shown = ", ".join(f"{k}={v}" for k, v in row["params"].items() if k in varied)
             print(
                 f"[{len(spent)}/{len(todo)}] {shown} {row['status']} in {row['seconds']:.1f} s, about {rate * (len(todo) - len(spent)):.0f} s left",
                 flush=True,
