@@ -58,6 +58,13 @@ def test_equivalence_is_not_an_insignificant_difference():
     assert verdict(RULE | {"test": {"within": 0.01}}, table(0.0, noise=0.05))[0] != "reproduced"
 
 
+def test_partly_needs_a_data_set_that_holds():
+    t = table([-0.05, 0.0], noise=0.001)
+    t.loc[(t.dataset == "b") & (t.arm == "frozen"), "accuracy"] += np.random.default_rng(2).normal(0, 0.1, 5)
+    assert verdict(RULE | {"test": {"within": 0.01}}, t)[:2] == ("not reproduced", "a: fails, b: undecided")
+    assert verdict(RULE | {"test": {"below": 0.0}}, t)[0] == "partly"
+
+
 def test_pairing_removes_what_seeds_share():
     t = table(-0.02, noise=0.0)
     assert np.allclose(paired(t, "accuracy", {"arm": "frozen"}, {"arm": "learned"}, pair=["dataset", "seed"]), -0.02)

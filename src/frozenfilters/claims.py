@@ -5,8 +5,8 @@ A rule compares two arms of a grid, paired by everything else that the rows shar
     value = metric(a) - metric(b)            for each pair; with `axis`, the slope of that value over log2(axis) in each pair
     test  = above m | below m | within m     the 95 % interval of the mean lies entirely above m, below m, in [-m, m]
 
-A data set `holds`, `fails` (the interval lies entirely on the other side) or is `undecided`. All hold: reproduced; all fail: not
-reproduced; too few seeds, no rows, or nothing decided: not tested at this scale; otherwise: partly.
+A data set `holds`, `fails` (the interval lies entirely on the other side) or is `undecided`. All hold: reproduced; some hold:
+partly; none holds and some fail: not reproduced; too few seeds, no rows, or nothing decided: not tested at this scale.
 """
 
 from __future__ import annotations
@@ -154,11 +154,9 @@ def verdict(rule: dict | None, table: pd.DataFrame) -> tuple[str, str, dict[str,
     reason = ", ".join(f"{name}: {word}" for name, word in decisions.items()) or "no rows"
     if words and words <= {"holds"}:
         return VERDICTS[0], reason, found
-    if words and words <= {"fails"}:
-        return VERDICTS[2], reason, found
-    if not words & {"holds", "fails"}:
-        return VERDICTS[3], reason, found
-    return VERDICTS[1], reason, found
+    if "holds" in words:
+        return VERDICTS[1], reason, found
+    return VERDICTS[2] if "fails" in words else VERDICTS[3], reason, found
 
 
 def entries(number: str | None = None) -> list[dict]:

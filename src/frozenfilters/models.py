@@ -74,7 +74,8 @@ def convmixer(
 ) -> nn.Sequential:
     """ConvMixer: patch embedding, then `depth` times a residual depthwise k x k convolution and a 1 x 1 convolution.
 
-    Nearly all of its parameters are 1 x 1: the kind of network that the ExplainFix paper's claims are about.
+    Its spatial filters hold k^2 / (k^2 + width) of a block's parameters: little where it is wide, the kind of network that the
+    ExplainFix paper's claims are about.
 
     >>> convmixer(width=8, depth=2)(torch.zeros(1, 3, 8, 8)).shape
     torch.Size([1, 10])
