@@ -72,8 +72,8 @@ BEGIN, END = "<!-- answers: made by `make readme` -->", "<!-- end of answers -->
 def readme(claims) -> str:
     """README's answer table, between its two marks: chapter | claim | verdict | command."""
     chapters = {c.number: c for c in study.chapters()}
-    rows = [[f"[{int(r.chapter)} {chapters[r.chapter].title}](notebooks/{chapters[r.chapter].name}.ipynb)", r.claim, f"**{r.verdict}**", f"`{r.command}`" if r.measures else r.reason]
-            for r in claims.itertuples() if r.chapter in chapters]
+    rows = [[f"[{int(r.chapter)} {c.title}](notebooks/{c.name}.ipynb)", r.claim, f"**{r.verdict}**", f"`{r.command}`" if r.measures else r.reason]
+            for r in claims.itertuples() if (c := chapters.get(r.chapter))]
     return f"{BEGIN}\n{_table(['Chapter', 'Claim', 'Verdict', 'Measured by'], rows)}{END}"
 
 
