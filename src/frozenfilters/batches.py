@@ -78,12 +78,17 @@ class Batches:
         for i in range(len(self)):
             yield self.batch(order[i * self.batch_size : (i + 1) * self.batch_size])
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The images `index` (B,), each with its own random window and flip."""
+    def draw(self, index: Tensor) -> Tensor:
+        """Where to read the images `index` (B,): (4, B), rows image, mirrored, dy, dx; each with its own random window and flip."""
         n, g = len(index), self.generator
-        dy, dx = torch.randint(0, 2 * self.crop + 1, (2, n), generator=g) if self.crop else torch.zeros(2, n, dtype=torch.long)
+        window = torch.randint(0, 2 * self.crop + 1, (2, n), generator=g) if self.crop else torch.zeros(2, n, dtype=torch.long)
         mirrored = torch.randint(0, 2, (n,), generator=g) if self.flip else torch.zeros(n, dtype=torch.long)
-        index, dy, dx, mirrored = (t.to(self.device, non_blocking=True) for t in (index, dy, dx, mirrored))
+        return torch.stack([index, mirrored, *window])
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The images `index` (B,), cropped and mirrored by fresh draws, and their labels."""
+        n = len(index)
+        index, mirrored, dy, dx = self.draw(index).to(self.device, non_blocking=True)
         if self.resident:
             rows = self._windows(self.store)[index, mirrored, dy, dx]
         else:

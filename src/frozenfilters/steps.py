@@ -24,15 +24,7 @@ def places(batches: Batches) -> Tensor:
     """An epoch's draws of `batches`, (4, N): rows image, mirrored, dy, dx; from its generator, in the order of its own iteration."""
     b = batches
     order = torch.randperm(b.n, generator=b.generator) if b.shuffle else torch.arange(b.n)
-    if not (b.crop or b.flip):
-        return torch.stack([order, *torch.zeros(3, b.n, dtype=torch.long)])
-    columns = []
-    for index in order.split(b.batch_size):
-        n = len(index)
-        window = torch.randint(0, 2 * b.crop + 1, (2, n), generator=b.generator) if b.crop else torch.zeros(2, n, dtype=torch.long)
-        mirrored = torch.randint(0, 2, (n,), generator=b.generator) if b.flip else torch.zeros(n, dtype=torch.long)
-        columns.append(torch.stack([index, mirrored, *window]))
-    return torch.cat(columns, 1)
+    return torch.cat([b.draw(index) for index in order.split(b.batch_size)], 1)
 
 
 class TensorSGD:
