@@ -58,7 +58,7 @@ def test_compose_gradient_is_autograds():
     P, f = torch.randn(6, 5, 1, 1, dtype=D, requires_grad=True), torch.randn(5, 4, 3, 3, dtype=D, requires_grad=True)
     from frozenfilters.algebra import Compose
 
-    assert torch.autograd.gradcheck(lambda p, q: Compose.apply(p, q, 1, False, None), (P, f))
+    assert torch.autograd.gradcheck(lambda p, q: Compose.apply(p, q, 1, False, None, None), (P, f))
     torch.testing.assert_close(compose(P, f), torch.einsum("om,mcij->ocij", P[:, :, 0, 0], f))
 
 

@@ -163,3 +163,23 @@ def test_param_groups_keep_their_own_rates(digits):
         ],
     )
     assert torch.equal(net[1].conv.weight, before)
+
+
+GOLDEN = {"learned": 2.3374, "random": 2.3890, "dct": 2.4261, "ghaar": 2.3447, "lc": 2.4185, "lr-matched": 2.3502}
+
+
+@pytest.mark.parametrize("arm", GOLDEN)
+def test_golden_losses(arm):
+    """If these move, numerics have changed: raise frozenfilters.PROTOCOL, which makes every older row stale. (Rounding moves them by less than 2e-3.)"""
+    digits = ff.data.load("digits").subset(256)
+    torch.manual_seed(0)
+    net, groups, g = ff.models.resnet20(in_channels=1, width=4), None, torch.Generator().manual_seed(0)
+    if arm in ("random", "dct", "ghaar"):
+        ff.freeze(net, init=None if arm == "random" else arm, gain="match", generator=g)
+    elif arm == "lc":
+        ff.lc(net, 2, generator=g)
+    elif arm == "lr-matched":
+        groups = ff.lr_matched(net, 2, 0.05, 5e-4)
+    model = ff.normalized(net, *digits.mean_std())
+    history = fit(model, digits, epochs=1, lr=0.05, batch_size=64, weight_decay=5e-4, crop=1, flip=True, params=groups, seed=0)
+    assert history[-1]["loss"] == pytest.approx(GOLDEN[arm], abs=4e-3)

@@ -38,27 +38,39 @@ class Compose(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, P: Tensor, F_: Tensor, groups: int, depthwise: bool, cached: Tensor | None) -> Tensor:
-        ctx.save_for_backward(P, F_)
+    def forward(ctx, P: Tensor, F_: Tensor, groups: int, depthwise: bool, image: Tensor | None, cached: Tensor | None) -> Tensor:
+        ctx.save_for_backward(P, F_, image)
         ctx.groups, ctx.depthwise = groups, depthwise
-        return compose(P, F_, groups, depthwise) if cached is None else cached.view_as(cached)
+        return compose(P, F_, groups, depthwise, image) if cached is None else cached.view_as(cached)
 
     @staticmethod
     def backward(ctx, G: Tensor):
-        P, F_ = ctx.saved_tensors
+        P, F_, image = ctx.saved_tensors
+        need = ctx.needs_input_grad
         with torch.autocast(G.device.type, enabled=False):
+            G = G.to(P.dtype)
+            if image is not None:  # dP = G F^T as the weight gradient of that 1 x 1 convolution
+                found = torch.ops.aten.convolution_backward(
+                    G.transpose(0, 1), image, P, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, need[0], False]
+                )
+                return found[1], None, None, None, None, None
             p, f = _rows(P, F_, ctx.groups, ctx.depthwise)
-            if ctx.depthwise:
-                g = G.to(P.dtype).flatten(2).transpose(0, 1)  # (Ci, Co, k k)
-            else:
-                g = G.to(P.dtype).reshape(ctx.groups, p.shape[1], -1)  # (g, Co/g, Ci/g k k)
+            g = G.flatten(2).transpose(0, 1) if ctx.depthwise else G.reshape(ctx.groups, p.shape[1], -1)
             dP = dF = None
-            if ctx.needs_input_grad[0]:
+            if need[0]:
                 dP = g @ f.mT  # dP = G F^T
                 dP = (dP.transpose(0, 1) if ctx.depthwise else dP).reshape(P.shape)
-            if ctx.needs_input_grad[1]:
+            if need[1]:
                 dF = (p.mT @ g).reshape(F_.shape)  # dF = P^T G
-        return dP, dF, None, None, None
+        return dP, dF, None, None, None, None
+
+
+def bank_image(F_: Tensor) -> Tensor:
+    """A frozen dense bank (M, C, k, k) as images (C, M, k, k) in channels_last: mixing filters is a 1 x 1 convolution over their taps.
+
+    Quicker than a matrix product on many CPUs; made once, since a frozen bank does not change.
+    """
+    return F_.detach().transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _rows(P: Tensor, F_: Tensor, groups: int, depthwise: bool) -> tuple[Tensor, Tensor]:
@@ -69,7 +81,7 @@ def _rows(P: Tensor, F_: Tensor, groups: int, depthwise: bool) -> tuple[Tensor, 
     return P.reshape(groups, P.shape[0] // groups, -1), F_.reshape(groups, F_.shape[0] // groups, -1)
 
 
-def compose(P: Tensor, F_: Tensor, groups: int = 1, depthwise: bool = False) -> Tensor:
+def compose(P: Tensor, F_: Tensor, groups: int = 1, depthwise: bool = False, image: Tensor | None = None) -> Tensor:
     """The filters W = P F of the one convolution that equals "F, then 1 x 1 P".
 
     Args:
@@ -77,6 +89,7 @@ def compose(P: Tensor, F_: Tensor, groups: int = 1, depthwise: bool = False) -> 
         F_: bank (M, in_channels / groups, k, k); with `depthwise`, (in_channels * m, 1, k, k) and groups = in_channels.
         groups: groups of both convolutions.
         depthwise: the bank acts on single channels while P mixes all of them.
+        image: `bank_image(F_)`, where it is at hand.
 
     Returns:
         W of shape (out_channels, in_channels / groups, k, k), or (out_channels, in_channels, k, k) with `depthwise`.
@@ -85,8 +98,8 @@ def compose(P: Tensor, F_: Tensor, groups: int = 1, depthwise: bool = False) -> 
     >>> torch.allclose(compose(P, F_), torch.einsum("om,mcij->ocij", P[:, :, 0, 0], F_), atol=1e-6)
     True
     """
-    if groups == 1 and not depthwise and F_.dim() == 4:  # as a 1 x 1 convolution over the taps: quicker than a matrix product on many CPUs
-        W = F.conv2d(F_.transpose(0, 1), P).transpose(0, 1)
+    if image is not None:
+        W = F.conv2d(image, P).transpose(0, 1)
     else:
         p, f = _rows(P, F_, groups, depthwise)
         W = (p @ f).transpose(0, 1) if depthwise else p @ f

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import filters
-from .algebra import Compose, TimesGram, compose, plan, sample_gram
+from .algebra import Compose, TimesGram, bank_image, compose, plan, sample_gram
 
 EXECUTIONS = ("auto", "sequential", "composed", "gram")
 BETWEEN = (None, "relu", "bn", "bn_relu")
@@ -113,7 +113,7 @@ class LCConv2d(nn.Module):
         if generator is not None:
             filters.draw_(self.mix.weight, "random", generator=generator)
         self.spatial.weight.requires_grad_(not frozen)
-        self._cache: tuple | None = None
+        self._bank = self._cache = (None, None)  # what was last made of F, and of P and F
 
     def _alias(self, shared: Tensor) -> None:
         w = self.spatial.weight
@@ -179,12 +179,15 @@ class LCConv2d(nn.Module):
         if self.between is not None:
             raise ValueError(f"between={self.between!r} is not linear: this block has no single weight")
         P, F_ = self.mix.weight, self.spatial.weight
-        now = tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in (P, F_))
-        cached = self._cache[1] if self._cache is not None and self._cache[0] == now else None
+        bank, now = _version(F_), (_version(P), _version(F_))
+        if bank != self._bank[0]:
+            dense = self.frozen and not F_.requires_grad and self.bank_groups == 1
+            self._bank = (bank, bank_image(F_) if dense else None)
+        cached = self._cache[1] if self._cache[0] == now else None
         with torch.autocast(P.device.type, enabled=False):  # composed in the parameters' own precision
             if self.scale != 1:
                 P = P * self.scale
-            W = Compose.apply(P, F_, self.bank_groups, self.depthwise, cached)
+            W = Compose.apply(P, F_, self.bank_groups, self.depthwise, self._bank[1], cached)
         self._cache = (now, W.detach())
         return W
 
@@ -252,7 +255,8 @@ class LCConv2d(nn.Module):
             setattr(other, name, getattr(self, name))
         other.execution, other.training = execution, self.training
         if execution != "gram":
-            other.spatial, other.mix, other.norm, other.scale, other._cache = self.spatial, self.mix, self.norm, self.scale, None
+            other.spatial, other.mix, other.norm, other.scale, other._cache = self.spatial, self.mix, self.norm, self.scale, (None, None)
+            other._bank = (None, None)
             return other
         if not self.frozen or self.mix.groups != 1 or self.depthwise:
             raise ValueError("with_execution('gram') needs a dense layer with a frozen bank; use 'composed'")
@@ -305,6 +309,11 @@ class LCConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, execution={self.execution!r}, between={self.between!r}, frozen={self.frozen}"
+
+
+def _version(t: Tensor) -> tuple:
+    """Changes whenever the tensor's values may have changed."""
+    return t.data_ptr(), t._version, t.dtype, t.device, t.requires_grad
 
 
 _GRAM_LAYERS: weakref.WeakSet[LCConv2d] = weakref.WeakSet()
