@@ -61,6 +61,16 @@ def test_accuracy_restores_every_mode():
     assert net.training and not net.bn.training and net.blocks[0].bn1.training
 
 
+def test_folded_accuracy_is_the_same():
+    net = ff.normalized(ff.models.resnet20(in_channels=1, width=4), [0.3], [0.4])
+    ff.lc(net, 4)
+    ff.fit(net, ff.data.load("digits").subset(200), epochs=1)
+    test = ff.data.load("digits", "test")
+    for attack in (None, partial(ff.fgsm, eps=0.05)):
+        assert ff.accuracy(net, test, attack=attack) == pytest.approx(ff.accuracy(net, test, attack=attack, fold=False), abs=0.006)
+    assert net.training and any(isinstance(m, ff.LCConv2d) for m in net.modules())
+
+
 def test_counts_are_exact():
     net = ff.models.resnet20()
     ff.freeze(net)

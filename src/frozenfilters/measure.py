@@ -35,20 +35,25 @@ def _device(model: nn.Module, device) -> torch.device:
 
 
 def accuracy(
-    model: nn.Module, data, *, attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, batch_size: int = 512, device=None
+    model: nn.Module, data, *, attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None, batch_size: int = 512, fold: bool = True, device=None
 ) -> float:
     """Share of all images classified right, in [0, 1]; with `attack`, of all images after it.
 
     Args:
         model: classifier on [0, 1] images.
         data: an `ImageSet`, a `Dataset` or an iterable of (x, y) batches.
+        fold: measure networks of linear combinations in their folded form: the same function, several times faster.
         attack: function (model, x, y) -> x, for instance `functools.partial(fgsm, eps=1 / 255)`.
 
     >>> data = [(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))]
     >>> accuracy(nn.Identity(), data)
     0.5
     """
+    from . import layers, models
+
     device = _device(model, device)
+    if fold and any(isinstance(m, layers.LCConv2d) for m in model.modules()):
+        model = models.fold(model)
     right, seen = torch.zeros((), dtype=torch.long, device=device), 0
     with evaluating(model):
         for x, y in as_batches(data, batch_size, **({"device": device} if hasattr(data, "images") else {})):
