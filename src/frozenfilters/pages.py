@@ -108,7 +108,7 @@ def _landing(out: Path) -> str:
     if not hasattr(plots, "landing"):
         return ""
     alt = plots.landing(out / "landing.png")
-    return f"![{alt}](landing.png)\n" if alt else ""
+    return f"![{alt}](generated/landing.png)\n" if alt else ""                    # as seen from the page that includes it
 
 
 def facts(chapter, what) -> dict:
