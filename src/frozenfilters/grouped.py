@@ -85,7 +85,8 @@ class Grouped:
         elif hasattr(module, "bank_groups"):                 # an LC block: P F in groups
             if module.depthwise:
                 raise ValueError(f"{where}: depthwise LC blocks mix all channels and cannot be grouped")
-            module.bank_groups, module._cache = module.bank_groups * self.members, None
+            module.bank_groups = module.bank_groups * self.members
+            module._bank = module._cache = (None, None)
         for key, tensor in own.items():
             theirs = [getattr(p, key) for p in parts]
             dim = None if tensor.dim() == 0 else 1 if constants else 0

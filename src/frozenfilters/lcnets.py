@@ -30,7 +30,7 @@ def lc(
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
     >>> lc(net, rate=2), sum(p.numel() for p in net.parameters() if p.requires_grad)
-    (['0'], 164)
+    (['0'], 172)
     """
     stores: dict[tuple, Tensor] = {}
     if shared:

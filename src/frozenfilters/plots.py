@@ -198,7 +198,7 @@ def show(figure, title: str, alt: str, foot: str = "", path: str | Path | None =
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(width * 9.6)), x=0.01, ha="left", fontsize=12, fontweight="bold")
     if foot:
-        figure.supxlabel(textwrap.fill(foot, int(width * 16)), x=0.01, ha="left", fontsize=7.5, color="0.3")
+        figure.supxlabel(textwrap.fill(foot, int(width * 14.2)), x=0.01, ha="left", fontsize=8.5, color="0.3")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     if path is not None:
@@ -258,10 +258,12 @@ def landing(path: Path) -> str | None:
         worth = ", ".join(f"{LABELS.get(a, a)} {100 * part[part.arch == a].accuracy.mean():.1f} %" for a in archs)
         words.append(f"{LABELS.get(bank, bank)}: {worth}")
         filter_sheet(ax, kernels, title=words[-1])
+    means = table.groupby(["arch", "bank"]).accuracy.mean() * 100
+    lost = {a: means[a, "learned"] - max(means[a, bank] for bank in banks[1:]) for a in archs}
     alt = f"Nine filters of each kind and the mean accuracy of networks that use them. {'; '.join(words)}."
     image = show(
         figure,
-        "Four kinds of spatial filters, and the accuracy of networks that use them",
+        "The best filters that never learned cost " + " and ".join(f"a {LABELS.get(a, a)} {v:.1f} points" for a, v in lost.items()),
         alt,
         "Mean over data sets and seeds. "
         + footer(table, c.name)
