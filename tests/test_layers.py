@@ -100,6 +100,17 @@ def test_accumulation_reuses_one_weight_and_sees_every_update():
     torch.testing.assert_close(layer(x), naive(layer, x))
 
 
+def test_cache_forgets_what_it_must():
+    layer, x = block("composed"), torch.randn(2, 4, 8, 8, dtype=D)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()  # nothing of inference mode was kept
+    layer.eval()
+    layer(x)
+    layer.mix.weight.data.mul_(2)
+    torch.testing.assert_close(layer.eval()(x), naive(layer, x))
+
+
 @pytest.mark.parametrize("between", ["relu", "bn", "bn_relu"])
 def test_between(between):
     layer, x = block("auto", between=between), torch.randn(2, 4, 8, 8, dtype=D)

@@ -21,7 +21,7 @@ GROUPS = {
     "data": {"catalogue", "archives", "official", "releases", "integrity", "data", "pack"},
     "training": {"batches", "grouped", "machine", "many", "measure", "steps", "train"},
     "study": {"keys", "stamp", "rows", "chapters", "claims", "plots", "study", "check"},
-    "bench": {"bench", "gpu", "rivals"},
+    "bench": {"bench", "gpu", "rivals", "starts"},
     "book": {"pages", "render", "warm", "zygote", "zygote_client"},
     "command line": {"__main__"},
 }

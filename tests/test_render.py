@@ -137,13 +137,13 @@ def test_numbers_typed_by_hand_are_found_and_settings_are_not(tmp_path):
 
 
 def test_the_answer_table_survives_any_text(checkout):
-    claims = pd.DataFrame([("01.1", "S", "a | b\nc", "p", "", "–", "not reproduced", "no rows"), ("09.1", "T", "d", "q", "a minus b", "+1.0", "partly", "")],
-                          columns=["id", "system", "claim", "paper", "measures", "ours", "verdict", "reason"])
+    claims = pd.DataFrame([("01.1", "S", "a | b\nc", "p", False, "", "–", "not reproduced", "no rows"), ("09.1", "T", "d", "q", True, "a minus b", "+1.0", "partly", "")],
+                          columns=["id", "system", "claim", "paper", "ours_alone", "measures", "ours", "verdict", "reason"])
     lines = pages.answers(claims).splitlines()
-    assert lines[0] == "1 not reproduced, 1 partly."
+    assert lines[0] == "Of the papers' claims 1 not reproduced; of our own controls 1 partly."
     assert lines[4] == "| S | a \\| b c | p | – (no rows) | **not reproduced** | [01](chapters/01_one.ipynb) |"
-    assert lines[5] == "| T | d | q | a minus b: +1.0 | **partly** | 09 |", "a claim may wait for its chapter"
-    assert "*1 not reproduced.*" in pages.sentences(claims) and "*No verdict yet.*" in pages.sentences(claims)
+    assert lines[5] == "| T | d *(Ours.)* | q | a minus b: +1.0 | **partly** | 09 |", "a claim may wait for its chapter"
+    assert "*Of the papers' claims 1 not reproduced.*" in pages.sentences(claims) and "*No verdict yet.*" in pages.sentences(claims)
 
 
 def extension():

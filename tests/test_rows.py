@@ -174,6 +174,22 @@ def test_full_disk_loses_nothing_that_was_flushed(tmp_path, monkeypatch):
     assert len(study.load(tmp_path)) == 1
 
 
+def test_a_torn_write_takes_no_other_row_with_it(tmp_path):
+    shard = rows.Shard(tmp_path)
+    shard.append({"schema": 1, "key": "a", "stamp": {}})
+    with open(shard.path, "ab") as f:
+        f.write(b'{"schema": 1, "key": "torn')
+    shard.append({"schema": 1, "key": "c", "stamp": {}})
+    with pytest.warns(UserWarning, match="line 2 is torn"):
+        assert [r["key"] for r in rows.read(tmp_path)] == ["a", "c"]
+
+
+def test_rows_of_an_older_protocol_are_not_returned(tmp_path, monkeypatch):
+    study.run(trial, study.grid(x=[1, 2]), tmp_path)
+    monkeypatch.setattr(rows, "PROTOCOL", rows.PROTOCOL + 1)
+    assert len(study.run(trial, study.grid(x=[1, 2]), tmp_path, budget=0)) == 0
+
+
 def test_budget_and_shards(tmp_path):
     def slow(x):
         time.sleep(0.1)

@@ -10,7 +10,7 @@ PROTOCOL = 1        # raised by hand when a change of the package alters numeric
 
 _MODULES = (
     "algebra", "backward", "batches", "bench", "chapters", "check", "claims", "data", "filters", "gpu", "grouped", "keys", "layers", "lcnets", "machine",
-    "many", "measure", "models", "pack", "plots", "render", "rivals", "rows", "stamp", "steering", "steps", "study", "surgery", "train", "warm",
+    "many", "measure", "models", "pack", "plots", "render", "rivals", "rows", "stamp", "starts", "steering", "steps", "study", "surgery", "train", "warm",
 )
 _NAMES = {
     "backward": ("lean", "unlean"),

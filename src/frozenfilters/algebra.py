@@ -39,7 +39,7 @@ class Compose(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, P: Tensor, F_: Tensor, groups: int, depthwise: bool, image: Tensor | None, cached: Tensor | None) -> Tensor:
-        ctx.save_for_backward(P, F_, image)
+        ctx.save_for_backward(P, F_ if image is None else None, image)
         ctx.groups, ctx.depthwise = groups, depthwise
         return compose(P, F_, groups, depthwise, image) if cached is None else cached.view_as(cached)
 

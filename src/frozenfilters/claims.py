@@ -199,6 +199,7 @@ def table(number: str | None = None, measured: pd.DataFrame | None = None) -> pd
                 "system": e["system"],
                 "claim": e["claim"],
                 "paper": f"{e['paper']['text']} ({e['paper']['source']})",
+                "ours_alone": bool(e.get("ours")),
                 "measures": rule.get("measures", ""),
                 "ours": ours or "–",
                 "verdict": word,
@@ -208,7 +209,7 @@ def table(number: str | None = None, measured: pd.DataFrame | None = None) -> pd
             }
         )
     return pd.DataFrame(
-        lines, columns=["id", "chapter", "system", "claim", "paper", "measures", "ours", "verdict", "reason", "command", "intervals"]
+        lines, columns=["id", "chapter", "system", "claim", "paper", "ours_alone", "measures", "ours", "verdict", "reason", "command", "intervals"]
     )
 
 

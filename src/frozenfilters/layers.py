@@ -172,7 +172,8 @@ class LCConv2d(nn.Module):
     def weight(self) -> Tensor:
         """The one convolution's filters W = P F, (out_channels, in_channels/groups, k, k), in the graph of P (and F if it learns).
 
-        Computed once for each value of P and F: validation, attacks and gradient accumulation reuse it.
+        Computed once for each value of P and F in eval mode and while gradients accumulate. A change through `.data`, which torch
+        does not count, is seen after the next `train()` or `eval()`.
         """
         if self.execution == "gram":
             return self.conv.weight
@@ -180,16 +181,27 @@ class LCConv2d(nn.Module):
             raise ValueError(f"between={self.between!r} is not linear: this block has no single weight")
         P, F_ = self.mix.weight, self.spatial.weight
         bank, now = _version(F_), (_version(P), _version(F_))
+        image, keep = self._bank[1], not torch.is_inference_mode_enabled()
         if bank != self._bank[0]:
             dense = self.frozen and not F_.requires_grad and self.bank_groups == 1
-            self._bank = (bank, bank_image(F_) if dense else None)
-        cached = self._cache[1] if self._cache[0] == now else None
+            image = bank_image(F_) if dense else None
+            if keep:
+                self._bank = (bank, image)
+        again = not self.training or P.grad is not None  # in eval, and while gradients accumulate
+        cached = self._cache[1] if again and self._cache[0] == now else None
         with torch.autocast(P.device.type, enabled=False):  # composed in the parameters' own precision
             if self.scale != 1:
                 P = P * self.scale
-            W = Compose.apply(P, F_, self.bank_groups, self.depthwise, self._bank[1], cached)
-        self._cache = (now, W.detach())
+            W = Compose.apply(P, F_, self.bank_groups, self.depthwise, image, cached)
+        if keep:
+            self._cache = (now, W.detach())
         return W
+
+    def train(self, mode: bool = True) -> LCConv2d:
+        """As `nn.Module.train`; forgets the composed filters."""
+        if self.execution != "gram":
+            self._bank = self._cache = (None, None)
+        return super().train(mode)
 
     def fold(self) -> nn.Conv2d:
         """The plain `nn.Conv2d` of the same function, for inference, attacks and saliency. BatchNorm in between folds in eval mode.

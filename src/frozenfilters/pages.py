@@ -14,7 +14,7 @@ from nbformat import v4
 
 from . import PROTOCOL, study
 
-CHOICE = {"gpu": "the paper's scale, as far as the data can be had", "cpu": "real images, two processor cores", "smoke": "a few seconds, to see that it works"}
+CHOICE = {"gpu": "the paper's scale, as far as the data can be had", "cpu": "in small, for two processor cores", "smoke": "a few seconds, to see that it works"}
 
 IMAGES = ("image/png", "image/svg+xml", "image/jpeg")
 
@@ -62,7 +62,7 @@ def answers(claims) -> str:
     for r in claims.itertuples():
         number = r.id.split(".")[0]
         ours = f"– ({r.reason})" if r.ours == "–" else f"{r.measures}: {r.ours}" if r.measures else r.ours
-        rows.append([r.system, r.claim, r.paper, ours, f"**{r.verdict}**", _link(chapters[number], number) if number in chapters else number])
+        rows.append([r.system, f"{r.claim} *(Ours.)*" if r.ours_alone else r.claim, r.paper, ours, f"**{r.verdict}**", _link(chapters[number], number) if number in chapters else number])
     return f"{tally(claims)}.\n\n" + _table(["System", "Claim", "The paper said", "We measured", "Verdict", "Chapter"], rows)
 
 
@@ -90,8 +90,13 @@ def readme_is_stale(root: Path, write: bool = False) -> bool:
 
 
 def tally(claims) -> str:
-    """Counts of the verdicts in words, the most frequent first: "3 reproduced, 1 not reproduced"."""
-    return ", ".join(f"{n} {verdict}" for verdict, n in sorted(Counter(claims.verdict).items(), key=lambda x: (-x[1], x[0])))
+    """Counts of the verdicts in words, the most frequent first, our own controls apart."""
+    def counted(some) -> str:
+        return ", ".join(f"{n} {verdict}" for verdict, n in sorted(Counter(some.verdict).items(), key=lambda x: (-x[1], x[0])))
+
+    parts = [(claims[~claims.ours_alone], "of the papers' claims "), (claims[claims.ours_alone], "of our own controls ")]
+    text = "; ".join(words + counted(some) for some, words in parts if len(some))
+    return text[:1].upper() + text[1:]
 
 
 def sentences(claims) -> str:
@@ -99,7 +104,7 @@ def sentences(claims) -> str:
     out = []
     for c in study.chapters():
         mine = claims[[i.split(".")[0] == c.number for i in claims.id]] if len(claims) else claims
-        out.append(f"- **{_link(c)}** {(c.summary or c.question).strip()} *{(tally(mine) if len(mine) else 'no verdict yet').capitalize()}.*")
+        out.append(f"- **{_link(c)}** {(c.summary or c.question).strip()} *{tally(mine) if len(mine) else 'No verdict yet'}.*")
     return "\n".join(out) + "\n"
 
 

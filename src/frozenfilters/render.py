@@ -53,7 +53,8 @@ class PrivateKernel(NBClientEngine):
             if os.name == "posix":
                 config.KernelManager.transport = "ipc"
                 config.KernelManager.ip = f"{folder}/k"                     # the default is shared by all kernels of a folder
-            PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, config=config).execute(env=env)
+            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None, config=config)
+            client.execute(env=env or dict(os.environ))
 
 
 papermill_engines.register("private", PrivateKernel)

@@ -194,8 +194,12 @@ class Shard:
     def append(self, row: dict) -> None:
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
-            with open(self.path, "ab", buffering=0) as f:
-                f.write(line)
+            with open(self.path, "a+b", buffering=0) as f:
+                if f.seek(0, os.SEEK_END):  # what a full disk tore must not take the next row with it
+                    f.seek(-1, os.SEEK_END)
+                    line = line if f.read(1) == b"\n" else b"\n" + line
+                while line:
+                    line = line[f.write(line) :]
                 os.fsync(f.fileno())
         except OSError as e:
             raise ResultsError(
@@ -270,6 +274,7 @@ def run(
     if todo:
         _measure_all(trial, bound, keys, code, todo, folder, seconds, workers, progress)
     table = load(folder, keys)
+    table = table[table.protocol == PROTOCOL] if len(table) else table
     failed = table[table.status == "failed"] if len(table) else table
     for _, row in failed.iterrows():
         warnings.warn(f"{trial.__name__} failed at {row.key[:12]}: {row.error}; it will be tried again by the next run", stacklevel=2)
