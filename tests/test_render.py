@@ -137,7 +137,8 @@ def test_numbers_typed_by_hand_are_found_and_settings_are_not(tmp_path):
 
 
 def test_the_answer_table_survives_any_text(checkout):
-    claims = pd.DataFrame([("01.1", "S", "a | b\nc", "p", False, "", "–", "not reproduced", "no rows"), ("09.1", "T", "d", "q", True, "a minus b", "+1.0", "partly", "")],
+    claims = pd.DataFrame([("01.1", "S", "a | b\nc", "p", False, "", "–", "not reproduced", "no rows"),
+                           ("09.1", "T", "d", "q", True, "a minus b", "+1.0", "partly", "")],
                           columns=["id", "system", "claim", "paper", "ours_alone", "measures", "ours", "verdict", "reason"])
     lines = pages.answers(claims).splitlines()
     assert lines[0] == "Of the papers' claims 1 not reproduced; of our own controls 1 partly."

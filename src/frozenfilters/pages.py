@@ -62,7 +62,8 @@ def answers(claims) -> str:
     for r in claims.itertuples():
         number = r.id.split(".")[0]
         ours = f"– ({r.reason})" if r.ours == "–" else f"{r.measures}: {r.ours}" if r.measures else r.ours
-        rows.append([r.system, f"{r.claim} *(Ours.)*" if r.ours_alone else r.claim, r.paper, ours, f"**{r.verdict}**", _link(chapters[number], number) if number in chapters else number])
+        claim, place = f"{r.claim} *(Ours.)*" if r.ours_alone else r.claim, _link(chapters[number], number) if number in chapters else number
+        rows.append([r.system, claim, r.paper, ours, f"**{r.verdict}**", place])
     return f"{tally(claims)}.\n\n" + _table(["System", "Claim", "The paper said", "We measured", "Verdict", "Chapter"], rows)
 
 
