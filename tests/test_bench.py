@@ -40,6 +40,8 @@ def test_gpu_cells_run_in_small_on_a_cpu():
     assert {line["variant"] for line in lines} == {"composed, E = 2", "gram, E = 2", "sequential, E = 2"}
     lines = gpu.imagenet(device="cpu", rate=1, batch=2, size=32)
     assert lines[0]["ratio"] > 0
+    lines = gpu.recipe(device="cpu", n=16, epochs=1, batch=8, rate=1, members=2, size=8, width=4)
+    assert [line["variant"] for line in lines] == ["one training", "2 trainings together"] and all(line["images_per_second"] > 0 for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

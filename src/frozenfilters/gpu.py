@@ -128,6 +128,52 @@ def imagenet(rounds: int = 1, device: str = "cuda", rate: int = 128, batch: int 
     ]
 
 
+def recipe(
+    rounds: int = 1,
+    device: str = "cuda",
+    n: int = 50000,
+    epochs: int = 75,
+    batch: int = 256,
+    rate: int = 8,
+    members: int = 8,
+    size: int = 32,
+    width: int = 16,
+) -> list[dict]:
+    """The LC paper's whole training (75 epochs, batch 256, CIFAR-10 in size) of an LC-ResNet-20: one seed, and eight seeds together."""
+    need(device)
+    data, options = images(n, size), _recipe(device, batch) | {"epochs": epochs, "lr": 0.01, "weight_decay": 0.01, "label_smoothing": 0.1}
+
+    def build() -> nn.Module:
+        net = models.resnet20(width=width)
+        lcnets.lc(net, rate)
+        return net
+
+    def together(count: int) -> Callable[[], None]:
+        def run() -> None:
+            for result in many.fit_many([{"model": build, "seed": s} for s in range(count)], data, workers=1, fuse=False, **options):
+                if isinstance(result, Exception):
+                    raise result
+
+        return run
+
+    steps = {"one training": together(1), f"{members} trainings together": together(members)}
+    table = measure.step_ratio(steps, rounds=rounds, warmup=0, clock=clock(device))
+    found = lines("recipe", table)
+    found[0]["images_per_second"] = n * epochs * members / found[0]["seconds"]
+    return [
+        {
+            **found[0],
+            "variant": "one training",
+            "ratio": 1.0,
+            "low": 1.0,
+            "high": 1.0,
+            "seconds": table.seconds.iloc[0],
+            "images_per_second": n * epochs / table.seconds.iloc[0],
+        },
+        *found,
+    ]
+
+
 def _step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
     net = net.to(x.device, memory_format=torch.channels_last).train()
     opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.01, 0.9)
@@ -156,4 +202,4 @@ def _peak(step: Callable[[], None], device: str) -> int | None:
         return None
 
 
-CELLS: dict[str, Callable[..., list[dict]]] = {"graphs": graphs, "rates": rates, "imagenet": imagenet}
+CELLS: dict[str, Callable[..., list[dict]]] = {"graphs": graphs, "rates": rates, "imagenet": imagenet, "recipe": recipe}
