@@ -263,3 +263,27 @@ def test_what_cannot_be_meant(digits):
             fit_many(members, digits, **options)
     (result,) = fit_many([{"model": net}], digits, epochs=0)
     assert isinstance(result, ValueError) and "epochs=0" in str(result)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arm", ["learned", "frozen", "lc"])
+def test_one_graph_on_a_gpu_is_fit_within_tolerance(arm):
+    """Members recorded in one CUDA graph against `fit` one after another, float32: weights to 1e-3 of their norm after two epochs."""
+    data = ff.data.load("digits").subset(300)
+
+    def build():
+        net = ff.models.resnet20(in_channels=1, width=4)
+        if arm == "frozen":
+            ff.freeze(net)
+        elif arm == "lc":
+            ff.lc(net, 2)
+        return net
+
+    options = {"epochs": 2, "batch_size": 64, "lr": 0.01, "crop": 1, "device": "cuda"}
+    together = ff.fit_many([{"model": build, "seed": s} for s in range(2)], data, workers=1, fuse=False, **options)
+    for seed, history in enumerate(together):
+        torch.manual_seed(seed)
+        alone = build()
+        ff.fit(alone, data, seed=seed, **options)
+        a, b = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (history.model, alone))
+        assert (a - b).norm() <= 1e-3 * b.norm()
